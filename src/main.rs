@@ -1,0 +1,2 @@
+//! The `tidemark` command. Work in progress.
+fn main() {}
