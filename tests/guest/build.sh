@@ -1,0 +1,192 @@
+#!/bin/bash
+# Builds the Debian 12 guest that tests and `make demo` run:
+#
+#     tests/guest/build.sh OUTDIR
+#
+# OUTDIR then holds debian.raw (a sparse ext4 file system without partition table), vmlinuz,
+# initrd.img and cmdline (the kernel command line to boot them with). Does nothing when these are
+# already there and were built by this very script. Works as root, and as a plain user where
+# mmdebstrap can use user namespaces. Everything comes from the host's Debian mirror.
+#
+# The guest: systemd, udev, qemu-guest-agent, PostgreSQL on its default cluster, a login on the
+# serial console as root without password. Trimmed to boot fast under software emulation:
+# * linux-image-amd64, not the cloud kernel, because only it has the VM generation id driver;
+#   drivers no virtual machine has are left out of the image;
+# * tiny-initramfs, a C program that loads the modules named below and mounts the root; the
+#   shell scripts of initramfs-tools take longer than all the rest of the boot.
+set -euo pipefail
+
+[ $# -eq 1 ] || { echo "usage: $0 OUTDIR" >&2; exit 2; }
+mkdir -p "$1"
+out=$(cd "$1" && pwd)
+suite=bookworm
+size=2G
+stamp=$(sha256sum <"$0" | cut -d' ' -f1)
+
+is_current() {
+    [ "$(cat "$out/stamp" 2>/dev/null)" = "$stamp" ] &&
+        [ -s "$out/debian.raw" ] && [ -s "$out/vmlinuz" ] && [ -s "$out/initrd.img" ]
+}
+
+is_current && exit 0
+# Two builds at once (two test runs in one checkout): the second waits and finds the first's work.
+exec 9>"$out/lock"
+flock 9
+is_current && exit 0
+rm -f "$out/stamp"
+echo "building the Debian 12 guest image in $out (about 1.5 minutes, once)" >&2
+
+for tool in mmdebstrap mke2fs; do
+    PATH=$PATH:/sbin:/usr/sbin command -v $tool >/dev/null ||
+        { echo "$0: $tool is missing: run 'make setup'" >&2; exit 1; }
+done
+
+# The mirror lines of the host's own Debian 12, or Debian's mirror network on any other host.
+mirrors() {
+    local lines
+    lines=$(apt-get indextargets --format 'deb $(REPO_URI) $(RELEASE) $(COMPONENT)' \
+        'Created-By: Packages' 'Origin: Debian' 2>/dev/null |
+        grep -E "^deb [^ ]+ $suite(-updates|-security)? main$" | sort -u || true)
+    if grep -q " $suite main$" <<<"$lines"; then
+        echo "$lines"
+    else
+        printf 'deb http://deb.debian.org/%s main\n' "debian $suite" "debian $suite-updates" \
+            "debian-security $suite-security"
+    fi
+}
+
+# What the host's apt needs to reach its mirror, the guest's needs too while it is built.
+apt_options() {
+    apt-config dump --format '%f "%v";%n' Acquire 2>/dev/null |
+        grep -iE '^Acquire::https?::(proxy|cainfo|caproxy|timeout)' || true
+}
+
+packages=(
+    systemd-sysv udev dbus util-linux e2fsprogs kmod
+    qemu-guest-agent postgresql
+    tiny-initramfs linux-image-amd64
+)
+
+# Files no test reads. libLLVM is PostgreSQL's JIT compiler, off in the configuration below.
+excludes=(
+    '/usr/share/doc/*' '/usr/share/man/*' '/usr/share/info/*' '/usr/share/locale/*'
+    '/usr/share/i18n/*' '/usr/lib/postgresql/*/lib/bitcode/*'
+    '/usr/lib/x86_64-linux-gnu/libLLVM*' '/usr/share/lintian/*' '/usr/share/bug/*'
+)
+drivers='accessibility|bluetooth|cdrom|comedi|cpufreq|crypto|dma|edac|extcon|firewire|gnss|gpu|hid'
+drivers+='|hwmon|i2c|iio|infiniband|input|isdn|leds|media|memstick|message|mfd|misc|mmc|mtd|nfc|ntb'
+drivers+='|nvme|parport|pcmcia|platform|power|powercap|pwm|rtc|scsi|soundwire|spi|ssb|staging|target'
+drivers+='|thunderbolt|uio|usb|vdpa|vfio|vhost|video|w1|watchdog|bcma|ata|net/ethernet|net/wireless'
+drivers+='|net/usb|net/wan|net/can|net/fddi|net/hamradio|net/ieee802154|net/ppp|net/slip|net/phy'
+drivers+='|net/plip|net/arcnet|net/wwan|net/dsa|net/hippi|net/mdio|net/pcs'
+IFS='|' read -ra drivers <<<"$drivers"
+for d in "${drivers[@]}"; do excludes+=("/lib/modules/*/kernel/drivers/$d/*"); done
+for d in sound net/wireless net/bluetooth net/mac80211 fs/ocfs2 fs/gfs2 fs/ceph fs/smb fs/nfs \
+    fs/nfsd fs/afs fs/reiserfs fs/jfs fs/f2fs fs/ubifs fs/nilfs2 fs/orangefs; do
+    excludes+=("/lib/modules/*/kernel/$d/*")
+done
+dpkg_options=()
+for e in "${excludes[@]}"; do dpkg_options+=(--dpkgopt="path-exclude=$e"); done
+# psql's package fails to install without its manual page.
+dpkg_options+=(--dpkgopt='path-include=/usr/share/doc/*/copyright'
+    --dpkgopt='path-include=/usr/share/postgresql/*/man/*')
+
+# Before the packages: how the initial RAM disk is made.
+prepare=$(cat <<'HOOK'
+set -e
+mkdir -p "$1/etc/tiny-initramfs"
+cat >"$1/etc/tiny-initramfs/tiny-initramfs.conf" <<E
+AUTO_MODULES=no
+MICROCODE=no
+INCLUDE_MODULES=virtio_pci,virtio_blk,virtio_console,virtio_rng,ext4
+E
+HOOK
+)
+
+configure=$(cat <<'HOOK'
+set -e
+echo debian >"$1/etc/hostname"
+printf '127.0.0.1 localhost debian\n::1 localhost\n' >"$1/etc/hosts"
+echo '/dev/vda / ext4 noatime,errors=remount-ro 0 0' >"$1/etc/fstab"
+chroot "$1" passwd -q -d root
+# An empty id is filled at the first boot, so that no two guests share one.
+: >"$1/etc/machine-id"
+rm -f "$1/etc/resolv.conf" "$1/var/lib/dbus/machine-id"
+mkdir -p "$1/etc/systemd/journald.conf.d" "$1/etc/systemd/system.conf.d"
+# A journal in memory: a guest that does nothing writes nothing to its disk.
+printf '[Journal]\nStorage=volatile\nRuntimeMaxUse=8M\n' >"$1/etc/systemd/journald.conf.d/tidemark.conf"
+printf '[Manager]\nDefaultTimeoutStopSec=20s\n' >"$1/etc/systemd/system.conf.d/tidemark.conf"
+# What never needs to start.
+for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer \
+    fstrim.timer man-db.timer e2scrub_reap.service systemd-hwdb-update.service \
+    systemd-pstore.service systemd-journal-catalog-update.service apparmor.service \
+    systemd-update-utmp.service systemd-update-utmp-runlevel.service getty@tty1.service \
+    systemd-ask-password-wall.path systemd-ask-password-console.path \
+    systemd-network-generator.service proc-sys-fs-binfmt_misc.automount systemd-binfmt.service \
+    dev-hugepages.mount sys-kernel-debug.mount sys-kernel-tracing.mount \
+    systemd-tmpfiles-clean.timer modprobe@drm.service; do
+    ln -sf /dev/null "$1/etc/systemd/system/$unit"
+done
+conf=$(echo "$1"/etc/postgresql/*/main)
+mkdir -p "$conf/conf.d"
+cat >"$conf/conf.d/tidemark.conf" <<E
+fsync = on
+jit = off
+shared_buffers = 16MB
+max_connections = 20
+autovacuum_naptime = 10min
+E
+chroot "$1" systemctl -q enable serial-getty@ttyS0.service
+rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/* "$1"/var/log/* "$1"/etc/apt/apt.conf.d/99mmdebstrap \
+    "$1"/etc/dpkg/dpkg.cfg.d/99mmdebstrap "$1"/var/cache/debconf/*-old "$1"/tmp/* "$1"/usr/sbin/policy-rc.d
+mkdir -p "$1/var/log/postgresql"
+chroot "$1" chown postgres:adm /var/log/postgresql
+HOOK
+)
+
+# The image is made inside the build's own mounts, in memory, because in a user namespace nothing
+# else can be written to. The bind mount is not recursive: it shows the tree without /proc, /sys,
+# /dev and the image itself. lazy_*_init=0: no background writes after the first mount.
+image=$(cat <<HOOK
+set -e
+export PATH=\$PATH:/usr/sbin:/sbin
+mount -t tmpfs -o size=80% tidemark "\$1/mnt"
+mkdir "\$1/mnt/root"
+mount --bind "\$1" "\$1/mnt/root"
+mke2fs -q -t ext4 -L tidemark -m 0 -O ^orphan_file,^metadata_csum_seed \\
+    -E lazy_itable_init=0,lazy_journal_init=0,nodiscard -d "\$1/mnt/root" "\$1/mnt/debian.raw" $size
+umount "\$1/mnt/root"
+cat "\$1"/boot/vmlinuz-* >"\$1/mnt/vmlinuz"
+# Unpacked, because unpacking is what an emulated processor is slowest at.
+zcat "\$1"/boot/initrd.img-* >"\$1/mnt/initrd.img"
+HOOK
+)
+
+work=$(mktemp -d "$out/build.XXXXXX")
+trap 'rm -rf "$work"' EXIT
+mirrors >"$work/sources.list"
+mapfile -t apt_opts < <(apt_options)
+apt_flags=()
+for o in "${apt_opts[@]}"; do apt_flags+=(--aptopt="$o"); done
+
+# C.UTF-8, so that PostgreSQL's cluster is UTF-8 and no locale has to be generated.
+env LANG=C.UTF-8 LC_ALL=C.UTF-8 mmdebstrap --variant=minbase --format=null \
+    --include="$(IFS=,; echo "${packages[*]}")" "${dpkg_options[@]}" "${apt_flags[@]}" \
+    --essential-hook="$prepare" --customize-hook="$configure" --customize-hook="$image" \
+    --customize-hook="download /mnt/debian.raw '$work/debian.raw'" \
+    --customize-hook="download /mnt/vmlinuz '$work/vmlinuz'" \
+    --customize-hook="download /mnt/initrd.img '$work/initrd.img'" \
+    --customize-hook='umount "$1/mnt"' \
+    "$suite" /dev/null "$work/sources.list" >"$out/build.log" 2>&1 9>&- || {
+    tail -n 30 "$out/build.log" >&2
+    echo "$0: the guest could not be built; the whole log is $out/build.log" >&2
+    exit 1
+}
+
+cp --sparse=always "$work/debian.raw" "$out/debian.raw.new"
+mv "$out/debian.raw.new" "$out/debian.raw"
+mv "$work/vmlinuz" "$work/initrd.img" "$out/"
+echo 'root=/dev/vda rootfstype=ext4 rw console=ttyS0 quiet mitigations=off random.trust_cpu=on no_timer_check' \
+    >"$out/cmdline"
+# Last, so that a build that was killed is built again.
+echo "$stamp" >"$out/stamp"
