@@ -1,5 +1,17 @@
 //! Resilient change tracking of one disk file: `.rct` (epochs per granule) and `.mrt` (write-intent
 //! bitmap), with the write order that keeps "changed since" a superset of the truth after any crash.
+//!
+//! The order, each step durable before the next (`rules.rs` names the bug behind each):
+//!
+//! ```text
+//! open    recover → .mrt: new session → .rct: {prev, next, OPEN} → disk: next → writes
+//! write   region bit (.mrt) → mark in memory → write to the disk
+//! flush   map pages (.rct) → clear bits of idle regions (.mrt, not synced)
+//! seal    I/O drained, disk flushed → .rct: id and next epoch → I/O
+//! close   map pages (.rct) → .rct: CLEAN
+//! ```
+//!
+//! Formats and the proof: `docs/formats/rct.md`.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -8,8 +20,18 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::block::BlockRange;
 use crate::error::{DiskError, Result};
+
+mod header;
+mod intent;
+mod layout;
+mod map;
+mod media;
+mod pair;
+mod rules;
+mod tracker;
+
+pub use tracker::{Tracker, WriteGuard};
 
 /// A sealed moment of a disk that one can ask "changed since?". Text form:
 /// `rct:<lineage>:<epoch>:<seal>`.
@@ -83,11 +105,6 @@ pub enum Continuity {
     Lost(String),
 }
 
-/// The pair of tracking files of one disk file.
-pub struct Tracker {
-    _private: (),
-}
-
 /// Paths of the pair that belongs to a disk file: `<disk>.rct`, `<disk>.mrt`.
 pub fn pair_paths(disk: &Path) -> (PathBuf, PathBuf) {
     let with = |suffix: &str| {
@@ -96,97 +113,4 @@ pub fn pair_paths(disk: &Path) -> (PathBuf, PathBuf) {
         PathBuf::from(name)
     };
     (with(".rct"), with(".mrt"))
-}
-
-impl Tracker {
-    /// Creates the pair of a new disk file, state CLEAN, first epoch `epoch` (1 for a new lineage; the
-    /// parent's epoch + 1 for a child). Durable when this returns; replaces an existing pair.
-    pub fn create(_disk: &Path, _identity: &DiskIdentity, _epoch: u32) -> Result<()> {
-        todo!()
-    }
-
-    /// Opens the pair for writing and announces `next` as the DataWriteGuid that the caller is about
-    /// to set in the disk file. A missing, foreign or damaged pair is made anew and says so; an
-    /// unclean one is recovered from the MRT.
-    pub fn open(_disk: &Path, _identity: &DiskIdentity, _next: Uuid) -> Result<(Self, Continuity)> {
-        todo!()
-    }
-
-    /// Opens the pair of a frozen disk for queries only.
-    pub fn open_read_only(_disk: &Path, _identity: &DiskIdentity) -> Result<Self> {
-        todo!()
-    }
-
-    /// The current epoch.
-    pub fn epoch(&self) -> u32 {
-        todo!()
-    }
-
-    /// Must return before the write is issued: sets and syncs the MRT bits of the range where needed,
-    /// then marks its granules with the current epoch. Hold the guard until the write has completed.
-    pub fn before_write(&self, _offset: u64, _len: u64) -> Result<WriteGuard<'_>> {
-        todo!()
-    }
-
-    /// Merge only: like `before_write`, but marks with `epoch` where that is later than what stands.
-    pub fn before_merge_write(&self, _offset: u64, _len: u64, _epoch: u32) -> Result<WriteGuard<'_>> {
-        todo!()
-    }
-
-    /// Raises the current epoch to at least `epoch` (a merge brings the child's), durable on return.
-    pub fn raise_epoch(&self, _epoch: u32) -> Result<()> {
-        todo!()
-    }
-
-    /// Ends the current epoch under a new id. Call with I/O drained and the disk flushed; one 4 KiB
-    /// sync.
-    pub fn seal(&self) -> Result<RctId> {
-        todo!()
-    }
-
-    /// Announces another DataWriteGuid before the caller sets it in the disk file.
-    pub fn announce(&self, _next: Uuid) -> Result<()> {
-        todo!()
-    }
-
-    /// Sealed ids that can be answered, oldest first.
-    pub fn sealed_ids(&self) -> Vec<RctId> {
-        todo!()
-    }
-
-    /// Takes over sealed ids (of a child that is being merged in), durable on return.
-    pub fn adopt_ids(&self, _ids: &[RctId]) -> Result<()> {
-        todo!()
-    }
-
-    /// Drops an id.
-    pub fn forget(&self, _id: &RctId) -> Result<()> {
-        todo!()
-    }
-
-    /// Whether `id` is in this pair's table.
-    pub fn knows(&self, _id: &RctId) -> bool {
-        todo!()
-    }
-
-    /// Granules of `range` marked later than `epoch`, as merged byte ranges clipped to the disk.
-    pub fn changed_after(&self, _epoch: u32, _range: BlockRange) -> Result<Vec<BlockRange>> {
-        todo!()
-    }
-
-    /// Writes dirty pages, syncs, and then clears MRT bits of idle regions. The owner calls it every
-    /// 30 s.
-    pub fn flush_map(&self) -> Result<()> {
-        todo!()
-    }
-
-    /// Flushes the map and marks the pair CLEAN. Further writes need a new `open`.
-    pub fn close_clean(&self) -> Result<()> {
-        todo!()
-    }
-}
-
-/// Keeps a region's MRT bits set while a write is in flight.
-pub struct WriteGuard<'a> {
-    _tracker: &'a Tracker,
 }
