@@ -1,11 +1,40 @@
-//! One VHDX or AVHDX file: format, log, block allocation.
+//! One VHDX or AVHDX file: format, log, block allocation. docs/formats/vhdx.md says what is written
+//! and what is accepted.
 
-use std::path::{Path, PathBuf};
+mod bat;
+mod bitmap;
+mod check;
+mod create;
+mod image;
+mod journal;
+mod layout;
+mod locator;
+mod log;
+mod metadata;
+mod open;
+mod storage;
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
 
 use uuid::Uuid;
 
-use crate::block::{BlockRange, Geometry};
-use crate::error::Result;
+use crate::block::Geometry;
+
+pub use check::{CheckReport, check};
+pub use image::Vhdx;
+
+/// The block size for a new disk. Small blocks keep an AVHDX of scattered writes and its merge small;
+/// from 4 TiB on they grow so that the block table in memory stays within 16 MiB.
+pub fn default_block_size(size: u64) -> u32 {
+    const MIB: u32 = 1 << 20;
+    match size >> 40 {
+        0..4 => 2 * MIB,
+        4..16 => 8 * MIB,
+        _ => 32 * MIB,
+    }
+}
 
 /// How to open a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,85 +140,4 @@ pub enum Presence {
     Zero,
     /// Stored in this file.
     Data,
-}
-
-/// One open VHDX file. All methods are safe to call from many threads; per-block locks make each
-/// block's state change atomic against reads and writes of that block.
-pub struct Vhdx {
-    _private: (),
-}
-
-impl Vhdx {
-    /// Creates a new file, durable when this returns; fails if `path` exists.
-    pub fn create(_path: &Path, _options: &CreateOptions) -> Result<()> {
-        todo!()
-    }
-
-    /// Opens a file under an OFD lock (exclusive for writing, shared for reading).
-    pub fn open(_path: &Path, _access: Access) -> Result<Self> {
-        todo!()
-    }
-
-    /// The file's path.
-    pub fn path(&self) -> &Path {
-        todo!()
-    }
-
-    /// What the file is, with its current GUIDs.
-    pub fn properties(&self) -> Properties {
-        todo!()
-    }
-
-    /// The state of payload block `index`.
-    pub fn block_state(&self, _index: u64) -> BlockState {
-        todo!()
-    }
-
-    /// Reads what this file holds of the range into `buf` (zeros included) and returns the sub-ranges
-    /// it does not hold, which the caller reads from the parent. `buf` is untouched there.
-    pub fn read_at(&self, _offset: u64, _buf: &mut [u8]) -> Result<Vec<BlockRange>> {
-        todo!()
-    }
-
-    /// Writes; allocates blocks (partial ones in a differencing file) as needed. No sync.
-    pub fn write_at(&self, _offset: u64, _buf: &[u8]) -> Result<()> {
-        todo!()
-    }
-
-    /// Makes the range read as zeros; whole blocks become ZERO and free their space.
-    pub fn write_zeroes(&self, _offset: u64, _len: u64) -> Result<()> {
-        todo!()
-    }
-
-    /// Makes completed writes and their metadata durable: at most two syncs.
-    pub fn flush(&self) -> Result<()> {
-        todo!()
-    }
-
-    /// What this file itself holds of the range: in order, without gaps, neighbours differ.
-    pub fn presence(&self, _offset: u64, _len: u64) -> Result<Vec<(BlockRange, Presence)>> {
-        todo!()
-    }
-
-    /// Merge only: sets the blocks to NOT_PRESENT, durable when this returns. Their content must
-    /// already be durable in the parent, or guest data is lost.
-    pub fn release_blocks(&self, _indices: &[u64]) -> Result<()> {
-        todo!()
-    }
-
-    /// Sets a new DataWriteGuid in both headers, durable when this returns. The caller has announced
-    /// it in the tracking files and, during a merge, in the child's `linkage2`.
-    pub fn set_data_write_guid(&self, _guid: Uuid) -> Result<()> {
-        todo!()
-    }
-
-    /// Rewrites the parent locator through the log, durable when this returns.
-    pub fn set_parent(&self, _locator: &ParentLocator) -> Result<()> {
-        todo!()
-    }
-
-    /// Flushes and empties the log, so that tools which do not replay logs read the file right.
-    pub fn make_clean(&self) -> Result<()> {
-        todo!()
-    }
 }

@@ -1,0 +1,53 @@
+//! Structure check of a file, read-only.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::{Access, BlockState, Kind, Vhdx};
+use crate::error::{DiskError, Result};
+
+/// What a check found.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct CheckReport {
+    /// Broken rules; the file is refused for writing while there is one.
+    pub problems: Vec<String>,
+    /// Worth knowing, harmless.
+    pub notes: Vec<String>,
+    /// Blocks with data in this file.
+    pub present_blocks: u64,
+    /// Blocks partly in this file.
+    pub partial_blocks: u64,
+    /// Blocks known to be zero.
+    pub zero_blocks: u64,
+    /// Blocks in all.
+    pub blocks: u64,
+}
+
+/// Checks headers, log, regions, metadata and block table. Damage is in the report; an error means that
+/// the file could not be examined.
+pub fn check(path: &Path) -> Result<CheckReport> {
+    let disk = match Vhdx::open(path, Access::ReadOnly) {
+        Ok(disk) => disk,
+        Err(DiskError::Corrupt { what, .. }) => {
+            return Ok(CheckReport { problems: vec![what], ..CheckReport::default() });
+        }
+        Err(e) => return Err(e),
+    };
+    let mut report = CheckReport { blocks: disk.blocks(), ..CheckReport::default() };
+    for block in 0..report.blocks {
+        match disk.block_state(block) {
+            BlockState::NotPresent => {}
+            BlockState::Zero => report.zero_blocks += 1,
+            BlockState::Full => report.present_blocks += 1,
+            BlockState::Partial => report.partial_blocks += 1,
+        }
+    }
+    if disk.needs_replay() {
+        report.notes.push("the log is not empty; the next writable open replays it".to_owned());
+    }
+    if disk.properties().kind == Kind::Differencing {
+        report.notes.push("a differencing disk: its parent was not checked".to_owned());
+    }
+    Ok(report)
+}

@@ -1,0 +1,127 @@
+//! Creating a file.
+
+use std::fs::OpenOptions;
+use std::path::Path;
+
+use uuid::Uuid;
+
+use super::bat::Shape;
+use super::layout::{
+    FILE_SIGNATURE, HEADER_OFFSETS, Header, MIB, REGION_TABLE_OFFSETS, Region, Regions, put,
+};
+use super::metadata::Metadata;
+use super::storage::{Storage, sync_parent};
+use super::{CreateOptions, Kind, ParentLink, ParentLocator};
+use crate::block::Geometry;
+use crate::error::{DiskError, Result};
+
+const LOG: Region = Region { offset: MIB, len: 4 * MIB };
+const METADATA: Region = Region { offset: 5 * MIB, len: MIB };
+const BAT_OFFSET: u64 = 6 * MIB;
+
+/// Creates a file. The headers are written last: a file that a kill left half made has none and is
+/// refused by every reader.
+pub(crate) fn create(path: &Path, options: &CreateOptions) -> Result<()> {
+    let metadata = metadata(path, options)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .map_err(|e| DiskError::io("create", path, e))?;
+    let made = write(path, &file, &metadata);
+    if made.is_err() {
+        // Nothing refers to it yet.
+        let _ = std::fs::remove_file(path);
+    }
+    made?;
+    sync_parent(path)
+}
+
+fn metadata(path: &Path, options: &CreateOptions) -> Result<Metadata> {
+    let metadata = Metadata {
+        geometry: Geometry {
+            size: options.size,
+            logical_sector: options.logical_sector,
+            physical_sector: options.physical_sector,
+        },
+        block_size: options.block_size,
+        kind: match (&options.parent, options.fixed) {
+            (Some(_), _) => Kind::Differencing,
+            (None, true) => Kind::Fixed,
+            (None, false) => Kind::Dynamic,
+        },
+        disk_id: options.disk_id.unwrap_or_else(Uuid::new_v4),
+        parent: options.parent.as_ref().map(|p| locator(path, p)).transpose()?,
+    };
+    metadata
+        .validate()
+        .map_err(|what| DiskError::State(format!("cannot create {}: {what}", path.display())))?;
+    Ok(metadata)
+}
+
+/// The locator that all known readers understand: relative for those that follow the specification,
+/// absolute for those that take only its last component.
+fn locator(child: &Path, parent: &ParentLink) -> Result<ParentLocator> {
+    let name = parent.path.file_name().and_then(|n| n.to_str());
+    let (Some(name), true) = (name, child.parent() == parent.path.parent()) else {
+        return Err(DiskError::State(format!(
+            "the parent {} must lie in the folder of {}",
+            parent.path.display(),
+            child.display()
+        )));
+    };
+    Ok(ParentLocator {
+        linkage: parent.data_write_guid,
+        linkage2: None,
+        relative_path: Some(format!(".\\{name}")),
+        volume_path: None,
+        absolute_path: Some(format!("\\\\?\\C:\\{name}")),
+    })
+}
+
+fn write(path: &Path, storage: &dyn Storage, metadata: &Metadata) -> Result<()> {
+    let failed = |e| DiskError::io("create", path, e);
+    let bad = |what: String| DiskError::State(format!("cannot create {}: {what}", path.display()));
+    let shape = Shape::new(metadata.geometry, metadata.block_size);
+    let bat = Region { offset: BAT_OFFSET, len: (shape.entries() * 8).next_multiple_of(MIB) };
+    let payload = bat.offset + bat.len;
+    let blocks = if metadata.kind == Kind::Fixed { shape.blocks } else { 0 };
+    storage.set_len(payload + blocks * shape.block_size).map_err(failed)?;
+    // Log and metadata must never run out of space; payload may. A fixed disk takes all of it now.
+    storage.reserve(0, payload + blocks * shape.block_size).map_err(failed)?;
+    if blocks > 0 {
+        let mut table = vec![0; bat.len as usize];
+        for block in 0..blocks {
+            let entry = (payload + block * shape.block_size) | 6;
+            put(&mut table, 8 * shape.payload_index(block) as usize, &entry.to_le_bytes());
+        }
+        storage.write_all_at(&table, bat.offset).map_err(failed)?;
+    }
+    storage.write_all_at(&metadata.encode().map_err(bad)?, METADATA.offset).map_err(failed)?;
+    let regions = Regions { bat, metadata: METADATA, unknown: Vec::new() }.encode();
+    for at in REGION_TABLE_OFFSETS {
+        storage.write_all_at(&regions, at).map_err(failed)?;
+    }
+    let mut identifier = vec![0; 520];
+    put(&mut identifier, 0, FILE_SIGNATURE);
+    let creator: Vec<u8> = "Tidemark".encode_utf16().flat_map(u16::to_le_bytes).collect();
+    put(&mut identifier, 8, &creator);
+    storage.write_all_at(&identifier, 0).map_err(failed)?;
+    storage.sync().map_err(failed)?;
+    let header = Header {
+        sequence: 1,
+        file_write_guid: Uuid::new_v4(),
+        data_write_guid: Uuid::new_v4(),
+        log_guid: Uuid::nil(),
+        log_version: 0,
+        version: 1,
+        log_len: LOG.len as u32,
+        log_offset: LOG.offset,
+    };
+    for (slot, at) in HEADER_OFFSETS.into_iter().enumerate() {
+        let header = Header { sequence: header.sequence + slot as u64, ..header.clone() };
+        storage.write_all_at(&header.encode(), at).map_err(failed)?;
+    }
+    storage.sync().map_err(failed)
+}
