@@ -217,7 +217,7 @@ fn merge_online(
                 progress(done, total);
                 if cancel.load(Ordering::Relaxed) && !asked.cancel {
                     asked.cancel = true;
-                    order(&mut client, Request::CancelMerge { disk: disk.to_owned() })?;
+                    order(&mut client, &Request::CancelMerge { disk: disk.to_owned() })?;
                 }
             }
             MergeState::Running { child: other, .. } => {
@@ -241,7 +241,7 @@ fn merge_online(
             _ => {
                 asked.start = true;
                 let child = path.clone();
-                order(&mut client, Request::StartMerge { disk: disk.to_owned(), child })?;
+                order(&mut client, &Request::StartMerge { disk: disk.to_owned(), child })?;
             }
         }
         std::thread::sleep(POLL);
@@ -256,8 +256,8 @@ struct Asked {
 }
 
 /// Asks the owner for something. A refusal is told from a lost connection by asking it for its state.
-fn order(client: &mut Client, request: Request) -> std::result::Result<(), Online> {
-    match client.call(&request, ANSWER) {
+fn order(client: &mut Client, request: &Request) -> std::result::Result<(), Online> {
+    match client.call(request, ANSWER) {
         Ok(_) => Ok(()),
         Err(error) if owner::report(client).is_ok() => Err(Online::Failed(error.into())),
         Err(error) => Err(Online::Lost(error)),

@@ -170,10 +170,10 @@ impl VmSession<'_> {
             match is_empty(&path) {
                 Ok(true) => self.place.folder.remove_disk(&file)?,
                 Ok(false) => {
-                    tracing::warn!(path = %path.display(), "nothing refers to this disk file")
+                    tracing::warn!(path = %path.display(), "nothing refers to this disk file");
                 }
                 Err(error) => {
-                    tracing::warn!(path = %path.display(), %error, "unreferenced disk file")
+                    tracing::warn!(path = %path.display(), %error, "unreferenced disk file");
                 }
             }
         }

@@ -96,10 +96,9 @@ impl Drop for NewVm {
     fn drop(&mut self) {
         self.disks.clear();
         self.chains.clear();
-        if let Some(folder) = self.folder.take() {
-            if let Err(error) = folder.remove(&self.vms) {
-                tracing::warn!(%error, "removing an unfinished restore");
-            }
+        let removed = self.folder.take().map_or(Ok(()), |folder| folder.remove(&self.vms));
+        if let Err(error) = removed {
+            tracing::warn!(%error, "removing an unfinished restore");
         }
     }
 }

@@ -173,14 +173,12 @@ impl VmSession<'_> {
     pub(crate) fn settle(&self) -> Result<()> {
         let run = &self.place.run;
         run.create()?;
-        if let Some(guard) = run.guard_pid() {
-            if !guard.wait(CLOSE) {
-                return Err(EngineError::State(format!(
-                    "the VM's guard (process {}) does not end: {}",
-                    guard.pid,
-                    log_tail(&run.guard_log())
-                )));
-            }
+        if let Some(guard) = run.guard_pid().filter(|guard| !guard.wait(CLOSE)) {
+            return Err(EngineError::State(format!(
+                "the VM's guard (process {}) does not end: {}",
+                guard.pid,
+                log_tail(&run.guard_log())
+            )));
         }
         owner::shutdown(run, CLOSE)?;
         store::remove_file(&run.frozen_marker())?;
