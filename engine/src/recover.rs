@@ -26,8 +26,9 @@ impl VmSession<'_> {
     pub(crate) fn recover(&mut self) -> Result<()> {
         self.recover_processes()?;
         self.recover_intent()?;
-        self.merge_dead_backups()?;
-        self.remove_orphans()
+        // First: a merge is refused while a stray file names one of its files as parent.
+        self.remove_orphans()?;
+        self.merge_dead_backups()
     }
 
     /// A running VM gets the owner and the guard that it lacks, and is thawed; of a VM that has ended,

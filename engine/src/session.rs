@@ -1,8 +1,8 @@
 //! The exclusive right to change one VM.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -25,6 +25,9 @@ use crate::{guard, machine, owner, spawn, store};
 const CLOSE: Duration = Duration::from_secs(300);
 /// Longest end of a machine whose plug has been pulled.
 const KILLED: Duration = Duration::from_secs(30);
+/// How long a sealed file may stay with the process that sealed it, and how often we look.
+const SEALED: Duration = Duration::from_secs(10);
+const BUSY_RETRY: Duration = Duration::from_millis(20);
 
 /// The exclusive right to change one VM, held by file lock until dropped or the process ends.
 /// Taking it finishes or undoes half-done work first; what cannot be finished then is tried again by
@@ -213,7 +216,7 @@ impl VmSession<'_> {
             .iter()
             .map(|disk| {
                 let file = self.place.folder.disk(&disk.file);
-                let chain = Arc::new(Chain::open(&file, Access::ReadOnly)?);
+                let chain = Arc::new(open_shared(&file)?);
                 Ok(OpenCheckpointDisk {
                     name: disk.name.clone(),
                     rct_id: disk.rct_id.clone(),
@@ -247,6 +250,17 @@ impl VmSession<'_> {
         let boot = self.place.folder.boot();
         let names = self.config.kernel.iter().chain(&self.config.initrd);
         names.map(|name| (name.clone(), boot.join(name))).collect()
+    }
+}
+
+/// Opens a sealed file, waiting for whoever is just closing it after the seal.
+fn open_shared(file: &Path) -> Result<Chain> {
+    let end = Instant::now() + SEALED;
+    loop {
+        match Chain::open(file, Access::ReadOnly) {
+            Err(DiskError::Busy { .. }) if Instant::now() < end => std::thread::sleep(BUSY_RETRY),
+            opened => return Ok(opened?),
+        }
     }
 }
 
