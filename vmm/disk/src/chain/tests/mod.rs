@@ -1,0 +1,28 @@
+//! Tests of chains.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::Chain;
+use crate::error::Result;
+
+type Call = dyn Fn(&Chain, &'static str) -> Result<()> + Send + Sync;
+
+/// Called at every step of a change, to look at the files, to write, or to fail.
+#[derive(Default)]
+pub(super) struct Hook(Mutex<Option<Arc<Call>>>);
+
+impl Hook {
+    pub(super) fn call(&self, chain: &Chain, step: &'static str) -> Result<()> {
+        let call = self.0.lock().clone();
+        call.map_or(Ok(()), |call| call(chain, step))
+    }
+
+    pub(super) fn set(
+        &self,
+        call: impl Fn(&Chain, &'static str) -> Result<()> + Send + Sync + 'static,
+    ) {
+        *self.0.lock() = Some(Arc::new(call));
+    }
+}
