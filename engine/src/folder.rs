@@ -47,9 +47,7 @@ impl VmFolder {
     /// Gives a finished folder its name: the moment at which the VM exists. Everything in it must be
     /// durable. A kill before leaves a folder under construction, after it the whole VM.
     pub(crate) fn publish(self, vms: &Path, name: &str) -> Result<Self> {
-        for dir in [self.disks(), self.snapshots(), self.boot(), self.root.clone()] {
-            store::sync_dir(&dir)?;
-        }
+        self.sync()?;
         let target = vms.join(name);
         let flags = rustix::fs::RenameFlags::NOREPLACE;
         let here = rustix::fs::CWD;
@@ -60,6 +58,27 @@ impl VmFolder {
         }
         store::sync_dir(vms)?;
         Ok(Self { root: target })
+    }
+
+    /// Exchanges a finished folder under construction with the VM `name`: the one takes the name, the
+    /// other is then found under construction, in one step. A kill before it leaves the old VM, after
+    /// it the new one; [`clean_up`] removes the other, whose lock nobody holds any more.
+    pub(crate) fn exchange(&self, vms: &Path, name: &str) -> Result<()> {
+        self.sync()?;
+        let target = vms.join(name);
+        let flags = rustix::fs::RenameFlags::EXCHANGE;
+        let here = rustix::fs::CWD;
+        rustix::fs::renameat_with(here, &self.root, here, &target, flags)
+            .map_err(|e| EngineError::io("exchange", &target, e))?;
+        store::sync_dir(vms)
+    }
+
+    /// Makes the names of a finished folder's files durable.
+    fn sync(&self) -> Result<()> {
+        for dir in [self.disks(), self.snapshots(), self.boot(), self.root.clone()] {
+            store::sync_dir(&dir)?;
+        }
+        Ok(())
     }
 
     /// Removes the folder: first out of sight in one step, then from the disk.
