@@ -28,6 +28,9 @@ pub const AGENT_SOCKET: &str = "qga.sock";
 /// How long a command that only asks may take, on a guest that is busy or emulated.
 const CALL_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long, after a program's own time, the agent may take to answer.
+const EXEC_GRACE: Duration = Duration::from_secs(10);
+
 /// Largest answer to guest-exec-status: twice 16 MiB in base64, and some.
 const OUTPUT_LIMIT: usize = 64 << 20;
 
@@ -138,6 +141,8 @@ impl Agent {
         timeout: Duration,
     ) -> Result<ExecResult> {
         let deadline = Deadline::after(timeout);
+        // The program has until `deadline`, the agent a little longer to say how it went.
+        let answer_by = Deadline { at: deadline.at + EXEC_GRACE, timeout: timeout + EXEC_GRACE };
         let start = guest_exec {
             path: program.to_owned(),
             arg: Some(args.to_vec()),
@@ -145,10 +150,10 @@ impl Agent {
             input_data: stdin.map(<[u8]>::to_vec),
             capture_output: Some(GuestExecCaptureOutput::flag(true)),
         };
-        let pid = self.call_until(start, &deadline, LINE_LIMIT)?.pid;
+        let pid = self.call_until(start, &answer_by, LINE_LIMIT)?.pid;
         let mut pause = Duration::from_millis(5);
         loop {
-            let status = self.call_until(guest_exec_status { pid }, &deadline, OUTPUT_LIMIT)?;
+            let status = self.call_until(guest_exec_status { pid }, &answer_by, OUTPUT_LIMIT)?;
             if status.exited {
                 return Ok(ExecResult {
                     exit_code: exit_code(status.exitcode, status.signal),

@@ -32,7 +32,8 @@ pub(super) fn build(spec: &MachineSpec, accelerator: Accelerator) -> Result<Vec<
     args.channels(spec)?;
     let socket = nbd_socket(spec)?;
     for (index, disk) in spec.disks.iter().enumerate() {
-        args.disk(index, disk, &socket);
+        // With a kernel given, that is what is booted; QEMU refuses a second first choice.
+        args.disk(index, disk, &socket, spec.kernel.is_none());
     }
     for (index, nic) in spec.nics.iter().enumerate() {
         // Restricted: the guest has a card, but reaches neither the host nor anything beyond.
@@ -121,7 +122,7 @@ impl Args {
         Ok(())
     }
 
-    fn disk(&mut self, index: usize, disk: &MachineDisk, socket: &str) {
+    fn disk(&mut self, index: usize, disk: &MachineDisk, socket: &str, bootable: bool) {
         let node = format!("disk{index}");
         self.json(
             "-blockdev",
@@ -131,13 +132,14 @@ impl Args {
         );
         // A host without space stops the machine, which can go on when there is some again; other
         // errors are the guest's to see.
-        self.json(
-            "-device",
-            &json!({"driver": "virtio-blk-pci", "id": format!("virtio-{node}"), "drive": node,
-                "serial": serial(&disk.name), "write-cache": "on", "discard": true,
-                "logical_block_size": disk.sectors.0, "physical_block_size": disk.sectors.1,
-                "werror": "enospc", "rerror": "report", "bootindex": index}),
-        );
+        let mut device = json!({"driver": "virtio-blk-pci", "id": format!("virtio-{node}"),
+            "drive": node, "serial": serial(&disk.name), "write-cache": "on", "discard": true,
+            "logical_block_size": disk.sectors.0, "physical_block_size": disk.sectors.1,
+            "werror": "enospc", "rerror": "report"});
+        if bootable {
+            device["bootindex"] = index.into();
+        }
+        self.json("-device", &device);
     }
 
     fn kernel(&mut self, spec: &MachineSpec) -> Result<()> {
