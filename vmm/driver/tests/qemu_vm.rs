@@ -1,5 +1,7 @@
 //! The driver alone with a real Debian guest; `qemu-nbd` stands in for the disk owner.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
