@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use tidemark_disk::rct::pair_paths;
+use tidemark_disk::chain::delete_disk_files;
 
 use crate::error::{EngineError, Result};
 use crate::lock::FileLock;
@@ -148,15 +148,10 @@ impl VmFolder {
         self.snapshots().join(format!("{checkpoint}.vmcx"))
     }
 
-    /// Removes a disk file that nothing refers to any more, with its tracking pair: the pair first, so
-    /// that a kill in between leaves the disk file, by which the rest is found again.
+    /// Removes a disk file that nothing refers to any more, with its tracking pair. Refused while
+    /// somebody writes it.
     pub(crate) fn remove_disk(&self, file: &str) -> Result<()> {
-        let disk = self.disk(file);
-        let (rct, mrt) = pair_paths(&disk);
-        for path in [&rct, &mrt, &disk] {
-            store::remove_file(path)?;
-        }
-        store::sync_dir(&self.disks())
+        Ok(delete_disk_files(&self.disk(file))?)
     }
 }
 
