@@ -120,7 +120,11 @@ fn i7_a_hostile_restore_point_cannot_write_outside_the_new_folder() {
         with(&|r| r.disks = vec![r.disks[0].clone(), r.disks[0].clone()]),
         with(&|r| r.boot = vec![("../x".to_owned(), Vec::new())]),
         with(&|r| r.config.kernel = Some("../../x".to_owned())),
-        with(&|r| r.config.macs = vec!["x,script=/evil".to_owned()]),
+        with(&|r| {
+            r.keep_identity = true;
+            r.config.macs = vec!["x,script=/evil".to_owned()];
+        }),
+        with(&|r| r.config.macs = vec!["52:54:00:00:00:01".to_owned(); 1000]),
         with(&|r| r.name = "../x".to_owned()),
     ];
     for request in hostile {
