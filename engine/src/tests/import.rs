@@ -94,7 +94,7 @@ fn images_that_cannot_be_imported_say_why_and_leave_nothing() {
         ("missing.raw", "missing.raw"),
     ];
     for (image, said) in cases {
-        let error = import(&fixture, "vm", &path(image)).unwrap_err();
+        let error = import(&fixture, "vm", &path(image)).map(drop).unwrap_err();
         assert!(error.to_string().contains(said), "{image}: {error}");
         assert!(!matches!(error, EngineError::VmExists(_)));
     }
