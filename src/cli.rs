@@ -16,25 +16,19 @@ use uuid::Uuid;
     after_long_help = AFTER_HELP,
     disable_help_subcommand = true
 )]
-pub(crate) struct Cli {
+pub struct Cli {
     /// Folder with VMs, targets and run records
-    #[arg(
-        long,
-        global = true,
-        env = "TIDEMARK_DATA_DIR",
-        default_value = "/var/lib/tidemark",
-        value_name = "DIR"
-    )]
-    pub(crate) data_dir: PathBuf,
+    #[arg(long, global = true, env = "TIDEMARK_DATA_DIR", default_value = "/var/lib/tidemark", value_name = "DIR")]
+    pub data_dir: PathBuf,
     /// Print one JSON document on standard output instead of text
     #[arg(long, global = true)]
-    pub(crate) json: bool,
+    pub json: bool,
     /// No progress, no notes; errors only
     #[arg(long, short, global = true)]
-    pub(crate) quiet: bool,
+    pub quiet: bool,
     /// What to do
     #[command(subcommand)]
-    pub(crate) command: Command,
+    pub command: Command,
 }
 
 const LONG_ABOUT: &str = "\
@@ -69,7 +63,7 @@ Exit codes:
 
 /// Commands.
 #[derive(Debug, Subcommand)]
-pub(crate) enum Command {
+pub enum Command {
     /// Create, start, stop and look at VMs
     #[command(subcommand)]
     Vm(VmCommand),
@@ -103,11 +97,9 @@ pub(crate) enum Command {
 
 /// `tidemark vm …`
 #[derive(Debug, Subcommand)]
-pub(crate) enum VmCommand {
+pub enum VmCommand {
     /// Create a VM from disk images or with an empty disk
-    #[command(
-        after_help = "Images may be raw, vhdx, qcow2 or vmdk; they are copied, never changed. Give --kernel and\n--initrd to boot a kernel directly; without them the firmware boots the first disk."
-    )]
+    #[command(after_help = "Images may be raw, vhdx, qcow2 or vmdk; they are copied, never changed. Give --kernel and\n--initrd to boot a kernel directly; without them the firmware boots the first disk.")]
     Create(VmCreateArgs),
     /// List VMs
     List,
@@ -158,38 +150,38 @@ pub(crate) enum VmCommand {
 
 /// `tidemark vm create`
 #[derive(Debug, Args)]
-pub(crate) struct VmCreateArgs {
+pub struct VmCreateArgs {
     /// Name: 1 to 64 of A-Z a-z 0-9 . _ -
-    pub(crate) name: String,
+    pub name: String,
     /// Disk image to import; once per disk
     #[arg(long, value_name = "IMAGE", num_args = 1.., required_unless_present = "disk_size")]
-    pub(crate) import: Vec<PathBuf>,
+    pub import: Vec<PathBuf>,
     /// Size of an empty disk, such as 20G; once per disk
     #[arg(long, value_name = "SIZE", value_parser = size)]
-    pub(crate) disk_size: Vec<u64>,
+    pub disk_size: Vec<u64>,
     /// Virtual machine monitor
     #[arg(long, value_enum, default_value_t = Driver::Qemu)]
-    pub(crate) driver: Driver,
+    pub driver: Driver,
     /// Virtual processors
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=255))]
-    pub(crate) cpus: u32,
+    pub cpus: u32,
     /// Memory
     #[arg(long, default_value = "1G", value_parser = size, value_name = "SIZE")]
-    pub(crate) memory: u64,
+    pub memory: u64,
     /// Linux kernel to boot directly; copied into the VM's folder
     #[arg(long, value_name = "FILE")]
-    pub(crate) kernel: Option<PathBuf>,
+    pub kernel: Option<PathBuf>,
     /// Initial RAM disk for the kernel
     #[arg(long, value_name = "FILE", requires = "kernel")]
-    pub(crate) initrd: Option<PathBuf>,
+    pub initrd: Option<PathBuf>,
     /// Kernel command line
     #[arg(long, value_name = "STRING", requires = "kernel")]
-    pub(crate) cmdline: Option<String>,
+    pub cmdline: Option<String>,
 }
 
 /// Virtual machine monitors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Driver {
+pub enum Driver {
     /// qemu-system-x86_64, with KVM where it runs at full speed, else emulated
     Qemu,
     /// Tidemark's own monitor (not part of this version)
@@ -198,7 +190,7 @@ pub(crate) enum Driver {
 
 /// `tidemark checkpoint …`
 #[derive(Debug, Subcommand)]
-pub(crate) enum CheckpointCommand {
+pub enum CheckpointCommand {
     /// Take a checkpoint
     Create {
         /// The VM
@@ -229,7 +221,7 @@ pub(crate) enum CheckpointCommand {
 
 /// Checkpoint types.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum CheckpointKind {
+pub enum CheckpointKind {
     /// Disks of a quiesced guest
     Production,
     /// Memory, devices and disks (not part of this version)
@@ -238,25 +230,25 @@ pub(crate) enum CheckpointKind {
 
 /// How the guest is brought to rest.
 #[derive(Debug, Clone, Args)]
-pub(crate) struct QuiesceArgs {
+pub struct QuiesceArgs {
     /// require: fail without a quiesced guest; try: fall back and say so; off: do not try
     #[arg(long, value_enum, default_value_t = Quiesce::Try, value_name = "MODE")]
-    pub(crate) quiesce: Quiesce,
+    pub quiesce: Quiesce,
     /// Longest time in seconds that the guest's file systems may stay frozen
     #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=60))]
-    pub(crate) freeze_deadline: u64,
+    pub freeze_deadline: u64,
 }
 
 impl QuiesceArgs {
     /// The deadline as a duration.
-    pub(crate) fn deadline(&self) -> Duration {
+    pub fn deadline(&self) -> Duration {
         Duration::from_secs(self.freeze_deadline)
     }
 }
 
 /// Quiesce modes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Quiesce {
+pub enum Quiesce {
     /// Fail without it
     Require,
     /// Fall back to crash-consistent and say so
@@ -267,11 +259,9 @@ pub(crate) enum Quiesce {
 
 /// `tidemark target …`
 #[derive(Debug, Subcommand)]
-pub(crate) enum TargetCommand {
+pub enum TargetCommand {
     /// Add a target: opens the repository there or makes one, and finds its restore points
-    #[command(
-        after_help = "URLs:\n  /backup/tidemark or file:///backup/tidemark\n  s3://BUCKET/PREFIX?endpoint=https://HOST:PORT&region=REGION\n\nKeep the passphrase safe and away from this host: without it no restore point can be read."
-    )]
+    #[command(after_help = "URLs:\n  /backup/tidemark or file:///backup/tidemark\n  s3://BUCKET/PREFIX?endpoint=https://HOST:PORT&region=REGION\n\nKeep the passphrase safe and away from this host: without it no restore point can be read.")]
     Add {
         /// Name
         name: String,
@@ -309,7 +299,7 @@ pub(crate) enum TargetCommand {
 
 /// Media classes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum MediaKind {
+pub enum MediaKind {
     /// Local or network disk
     Disk,
     /// Object store
@@ -320,7 +310,7 @@ pub(crate) enum MediaKind {
 
 /// `tidemark backup …`
 #[derive(Debug, Subcommand)]
-pub(crate) enum BackupCommand {
+pub enum BackupCommand {
     /// Back up a VM to one target, then copy to the others
     Run {
         /// The VM
@@ -364,7 +354,7 @@ pub(crate) enum BackupCommand {
 
 /// zstd effort.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Effort {
+pub enum Effort {
     /// zstd 1
     Fast,
     /// zstd 2
@@ -375,7 +365,7 @@ pub(crate) enum Effort {
 
 /// `tidemark restore …`
 #[derive(Debug, Subcommand)]
-pub(crate) enum RestoreCommand {
+pub enum RestoreCommand {
     /// Restore a whole VM as a new VM: new ids, MAC addresses and generation id
     Vm {
         /// Id, unique beginning of one, or latest:VM
@@ -418,7 +408,7 @@ pub(crate) enum RestoreCommand {
 
 /// Formats of restored disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum OutFormat {
+pub enum OutFormat {
     /// Dynamic VHDX
     Vhdx,
     /// Raw, sparse
@@ -427,7 +417,7 @@ pub(crate) enum OutFormat {
 
 /// `tidemark disk …`
 #[derive(Debug, Subcommand)]
-pub(crate) enum DiskCommand {
+pub enum DiskCommand {
     /// Show what a VHDX file is
     Info {
         /// The file
@@ -471,9 +461,7 @@ pub(crate) enum DiskCommand {
         file: PathBuf,
     },
     /// Serve an offline VM's disk over NBD, with change tracking, until Ctrl-C
-    #[command(
-        after_help = "Any NBD client can then write to it, and the next backup sees what it wrote:\n  nbdcopy image.raw 'nbd+unix:///?socket=/run/d.sock'"
-    )]
+    #[command(after_help = "Any NBD client can then write to it, and the next backup sees what it wrote:\n  nbdcopy image.raw 'nbd+unix:///?socket=/run/d.sock'")]
     Serve {
         /// The VM
         vm: String,
@@ -490,7 +478,7 @@ pub(crate) enum DiskCommand {
 
 /// Formats of converted disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum ConvertFormat {
+pub enum ConvertFormat {
     /// Dynamic VHDX
     Dynamic,
     /// Fixed VHDX
@@ -501,7 +489,7 @@ pub(crate) enum ConvertFormat {
 
 /// `tidemark repo …`
 #[derive(Debug, Subcommand)]
-pub(crate) enum RepoCommand {
+pub enum RepoCommand {
     /// Sizes and counts of a target's repository
     Stats {
         /// The target
@@ -511,46 +499,41 @@ pub(crate) enum RepoCommand {
 
 /// `tidemark demo`
 #[derive(Debug, Args)]
-pub(crate) struct DemoArgs {
+pub struct DemoArgs {
     /// Folder with the guest: debian.raw, vmlinuz, initrd.img, cmdline (`make guest` builds it)
     #[arg(long, env = "TIDEMARK_GUEST_DIR", default_value = ".cache/guest", value_name = "DIR")]
-    pub(crate) guest: PathBuf,
+    pub guest: PathBuf,
     /// The SeaweedFS program that plays the S3 service (`make setup` installs it)
-    #[arg(
-        long,
-        env = "TIDEMARK_WEED",
-        default_value = ".cache/seaweed-venv/bin/weed",
-        value_name = "FILE"
-    )]
-    pub(crate) weed: PathBuf,
+    #[arg(long, env = "TIDEMARK_WEED", default_value = ".cache/seaweed-venv/bin/weed", value_name = "FILE")]
+    pub weed: PathBuf,
     /// Keep the demo's folder and say where it is
     #[arg(long)]
-    pub(crate) keep: bool,
+    pub keep: bool,
 }
 
 /// `tidemark disk-server`
 #[derive(Debug, Args)]
-pub(crate) struct DiskServerArgs {
+pub struct DiskServerArgs {
     /// NAME=PATH of a disk's leaf
     #[arg(long, value_parser = name_path, required = true)]
-    pub(crate) disk: Vec<(String, PathBuf)>,
+    pub disk: Vec<(String, PathBuf)>,
     /// NBD socket
     #[arg(long)]
-    pub(crate) nbd_socket: PathBuf,
+    pub nbd_socket: PathBuf,
     /// Control socket
     #[arg(long)]
-    pub(crate) control_socket: PathBuf,
+    pub control_socket: PathBuf,
 }
 
 /// `tidemark vm-guard`
 #[derive(Debug, Args)]
-pub(crate) struct VmGuardArgs {
+pub struct VmGuardArgs {
     /// The VM
     #[arg(long)]
-    pub(crate) vm: String,
+    pub vm: String,
     /// The VM's id, for the process list
     #[arg(long)]
-    pub(crate) id: Option<Uuid>,
+    pub id: Option<Uuid>,
 }
 
 /// A size with binary units: 512, 64M, 20G, 1TiB.

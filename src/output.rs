@@ -12,24 +12,24 @@ use tidemark_exporter::RunEvent;
 
 /// How a command speaks.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Output {
+pub struct Output {
     json: bool,
     quiet: bool,
 }
 
 impl Output {
     /// From the global options.
-    pub(crate) fn new(json: bool, quiet: bool) -> Self {
+    pub fn new(json: bool, quiet: bool) -> Self {
         Self { json, quiet }
     }
 
     /// Whether standard output carries JSON.
-    pub(crate) fn json(&self) -> bool {
+    pub fn json(&self) -> bool {
         self.json
     }
 
     /// The result: as JSON, or as text made only when it is wanted.
-    pub(crate) fn result<T: Serialize>(&self, value: &T, text: impl FnOnce() -> String) {
+    pub fn result<T: Serialize>(&self, value: &T, text: impl FnOnce() -> String) {
         if self.json {
             match serde_json::to_string_pretty(value) {
                 Ok(document) => println!("{document}"),
@@ -44,20 +44,20 @@ impl Output {
     }
 
     /// A remark for people.
-    pub(crate) fn note(&self, text: &str) {
+    pub fn note(&self, text: &str) {
         if !self.quiet {
             eprintln!("{text}");
         }
     }
 
     /// A progress display; silent with `--quiet`, plain lines without a terminal.
-    pub(crate) fn progress(&self) -> ProgressView {
+    pub fn progress(&self) -> ProgressView {
         ProgressView::new(self.quiet)
     }
 }
 
 /// Shows a long operation: bar, rate, time left; changed, new and stored bytes.
-pub(crate) struct ProgressView {
+pub struct ProgressView {
     bar: ProgressBar,
     plain: bool,
     step: Mutex<String>,
@@ -68,11 +68,7 @@ impl ProgressView {
         let terminal = std::io::stderr().is_terminal();
         let bar = ProgressBar::with_draw_target(
             None,
-            if quiet || !terminal {
-                ProgressDrawTarget::hidden()
-            } else {
-                ProgressDrawTarget::stderr()
-            },
+            if quiet || !terminal { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() },
         );
         bar.set_style(spinner());
         bar.enable_steady_tick(Duration::from_millis(200));
@@ -80,7 +76,7 @@ impl ProgressView {
     }
 
     /// Takes an event of a run.
-    pub(crate) fn event(&self, event: &RunEvent) {
+    pub fn event(&self, event: &RunEvent) {
         match event {
             RunEvent::Step { step } => self.step(step),
             RunEvent::Progress { done, total, new_bytes, stored_bytes } => {
@@ -96,7 +92,7 @@ impl ProgressView {
     }
 
     /// Takes progress of an engine operation.
-    pub(crate) fn engine(&self, what: &str, done: u64, total: u64) {
+    pub fn engine(&self, what: &str, done: u64, total: u64) {
         if self.step.lock().is_ok_and(|s| *s != what) {
             self.step(what);
         }
@@ -127,7 +123,7 @@ impl ProgressView {
     }
 
     /// A remark above the bar.
-    pub(crate) fn note(&self, text: &str) {
+    pub fn note(&self, text: &str) {
         if self.plain {
             eprintln!("note: {text}");
         } else {
@@ -136,14 +132,13 @@ impl ProgressView {
     }
 
     /// Takes the display away.
-    pub(crate) fn finish(&self) {
+    pub fn finish(&self) {
         self.bar.finish_and_clear();
     }
 }
 
 fn spinner() -> ProgressStyle {
-    ProgressStyle::with_template("{spinner} {prefix} {elapsed}")
-        .unwrap_or_else(|_| ProgressStyle::default_spinner())
+    ProgressStyle::with_template("{spinner} {prefix} {elapsed}").unwrap_or_else(|_| ProgressStyle::default_spinner())
 }
 
 fn bytes() -> ProgressStyle {
@@ -154,7 +149,7 @@ fn bytes() -> ProgressStyle {
 }
 
 /// A plain table, columns aligned, no frame.
-pub(crate) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(header);
@@ -165,16 +160,16 @@ pub(crate) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>
 }
 
 /// Bytes for people.
-pub(crate) fn human(bytes: u64) -> String {
+pub fn human(bytes: u64) -> String {
     HumanBytes(bytes).to_string()
 }
 
 /// Milliseconds as seconds for people.
-pub(crate) fn seconds(millis: u64) -> String {
+pub fn seconds(millis: u64) -> String {
     format!("{}.{:01}", millis / 1000, millis % 1000 / 100)
 }
 
 /// Microseconds as milliseconds for people.
-pub(crate) fn millis(micros: u64) -> String {
+pub fn millis(micros: u64) -> String {
     format!("{}.{:01}", micros / 1000, micros % 1000 / 100)
 }

@@ -32,8 +32,6 @@ mod runtime;
 mod session;
 mod spawn;
 mod store;
-#[cfg(test)]
-mod tests;
 
 pub use config::{
     CONFIG_VERSION, CheckpointDisk, CheckpointPurpose, CheckpointRecord, CheckpointRequest,
@@ -44,3 +42,4 @@ pub use engine::{Engine, EngineOptions};
 pub use error::{EngineError, Result};
 pub use restore::{NewVm, RestoreVm};
 pub use session::{OpenCheckpointDisk, VmSession};
+pub use spawn::detach;

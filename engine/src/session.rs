@@ -188,20 +188,15 @@ impl VmSession<'_> {
         run.clear_guard()
     }
 
-    /// Makes sure that nothing uses the VM's files any more, which are about to go away.
-    pub(crate) fn release(&self) -> Result<()> {
+    /// Deletes the stopped VM and its files.
+    pub fn delete(self) -> Result<()> {
         if self.is_running()? {
             return Err(EngineError::State(format!(
                 "VM {name} is running; stop it first (`tidemark vm stop {name}`)",
                 name = self.place.name
             )));
         }
-        self.settle()
-    }
-
-    /// Deletes the stopped VM and its files.
-    pub fn delete(self) -> Result<()> {
-        self.release()?;
+        self.settle()?;
         self.place.folder.remove(&self.engine.vms())?;
         self.place.run.remove();
         Ok(())

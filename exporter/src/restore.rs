@@ -48,7 +48,9 @@ impl Exporter<'_> {
         check(cancel)?;
         reporter.step("commit");
         Ok(match replaced {
-            Some(old) => new.commit_replacing(old)?,
+            Some(_) => {
+                return Err(ExportError::Invalid("in place needs an engine that can".to_owned()));
+            }
             None => new.commit()?,
         })
     }

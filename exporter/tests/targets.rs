@@ -1,7 +1,5 @@
 //! Adding, testing and mistaking targets.
 
-#![allow(clippy::unwrap_used)]
-
 mod common;
 
 use common::*;

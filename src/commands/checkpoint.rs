@@ -2,8 +2,7 @@
 
 use serde_json::json;
 use tidemark_engine::{
-    CheckpointPurpose, CheckpointRecord, CheckpointRequest, CheckpointType, Consistency,
-    QuiesceMode,
+    CheckpointPurpose, CheckpointRecord, CheckpointRequest, CheckpointType, Consistency, QuiesceMode,
 };
 
 use crate::cli::{CheckpointCommand, CheckpointKind, Quiesce};
@@ -12,7 +11,7 @@ use crate::failure::Result;
 use crate::output::{millis, table};
 
 /// Runs a checkpoint command.
-pub(crate) fn run(context: &Context, command: CheckpointCommand) -> Result {
+pub fn run(context: &Context, command: CheckpointCommand) -> Result {
     let engine = context.engine()?;
     match command {
         CheckpointCommand::Create { vm, name, kind, quiesce } => {
@@ -51,11 +50,9 @@ pub(crate) fn run(context: &Context, command: CheckpointCommand) -> Result {
             );
             progress.finish();
             done?;
-            context
-                .output
-                .result(&json!({"vm": vm, "checkpoint": checkpoint, "deleted": true}), || {
-                    format!("deleted {checkpoint}; its data is merged into {vm}'s disks")
-                });
+            context.output.result(&json!({"vm": vm, "checkpoint": checkpoint, "deleted": true}), || {
+                format!("deleted {checkpoint}; its data is merged into {vm}'s disks")
+            });
         }
     }
     Ok(())
@@ -83,7 +80,7 @@ fn list(vm: &str, checkpoints: &[CheckpointRecord]) -> String {
 }
 
 /// Consistency for people.
-pub(crate) fn consistency(consistency: &Consistency) -> String {
+pub fn consistency(consistency: &Consistency) -> String {
     match consistency {
         Consistency::FileSystem { frozen } => format!("file systems quiesced ({frozen})"),
         Consistency::Crash { reason } => format!("crash-consistent: {reason}"),
@@ -92,7 +89,7 @@ pub(crate) fn consistency(consistency: &Consistency) -> String {
 }
 
 /// The engine's word for a quiesce mode.
-pub(crate) fn quiesce_mode(mode: Quiesce) -> QuiesceMode {
+pub fn quiesce_mode(mode: Quiesce) -> QuiesceMode {
     match mode {
         Quiesce::Require => QuiesceMode::Require,
         Quiesce::Try => QuiesceMode::Try,

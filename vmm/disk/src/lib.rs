@@ -7,11 +7,9 @@
 
 pub mod block;
 pub mod chain;
-pub mod convert;
 pub mod error;
 pub mod nbd;
 pub mod owner;
-pub mod raw;
 pub mod rct;
 pub mod vhdx;
 

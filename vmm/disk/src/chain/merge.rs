@@ -191,7 +191,6 @@ impl Chain {
         let own: Vec<OsString> = layout.nodes.iter().map(|n| n.name().to_owned()).collect();
         for node in [job.child(layout)?, job.parent(layout)?] {
             let children = children_of(node.path(), &own)?;
-            let other = children.files.first().map(|c| &c.path);
             if let Some((path, why)) = children.unreadable.first() {
                 return Err(DiskError::State(format!(
                     "nothing is merged while {} cannot be read, for it may be another child of {} \
@@ -200,11 +199,13 @@ impl Chain {
                     node.path().display()
                 )));
             }
-            if let Some(other) = other {
+            if let Some(other) = children.files.first() {
+                let hint =
+                    if other.empty { "; delete it if it was merged away before" } else { "" };
                 return Err(DiskError::State(format!(
-                    "{} cannot be merged: {} is another child of {}",
+                    "{} cannot be merged: {} is another child of {}{hint}",
                     job.child(layout)?.path().display(),
-                    other.display(),
+                    other.path.display(),
                     node.path().display()
                 )));
             }

@@ -203,11 +203,15 @@ impl Chain {
         let request = self.enter()?;
         let (child, parent) = (job.child(&request.layout)?, job.parent(&request.layout)?);
         let tracker = parent.writing()?;
-        // Syncs that tracking may need come before guest writes are held back; epoch 0 marks nothing.
-        let _tracked = tracker.before_merge_write(piece.start, piece.end - piece.start, 0)?;
-        let merge = request.layout.merge.as_ref();
-        let _held = merge.map(|m| m.stripe(block).write());
         let levels = Levels::new(child, tracker);
+        let merge = request.layout.merge.as_ref();
+        if merge.is_some() {
+            // Syncs that tracking needs come before guest writes are held back.
+            for (range, _) in child.present(&piece)? {
+                levels.mark(child, tracker, &range)?;
+            }
+        }
+        let _held = merge.map(|m| m.stripe(block).write());
         let mut bytes = 0;
         for (range, presence) in child.present(&piece)? {
             levels.mark(child, tracker, &range)?;

@@ -215,7 +215,7 @@ impl Node {
             self.writing()?.close_clean()?;
             self.tracking_closed.store(true, Ordering::Release);
         }
-        self.vhdx.make_clean()?;
+        self.vhdx.freeze()?;
         self.state.store(FROZEN, Ordering::Release);
         Ok(())
     }

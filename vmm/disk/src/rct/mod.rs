@@ -114,6 +114,3 @@ pub fn pair_paths(disk: &Path) -> (PathBuf, PathBuf) {
     };
     (with(".rct"), with(".mrt"))
 }
-
-#[cfg(test)]
-mod tests;

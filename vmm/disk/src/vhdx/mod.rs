@@ -12,7 +12,7 @@ mod locator;
 mod log;
 mod metadata;
 mod open;
-pub(crate) mod storage;
+mod storage;
 #[cfg(test)]
 mod tests;
 

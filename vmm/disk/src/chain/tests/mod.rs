@@ -1,5 +1,11 @@
 //! Tests of chains.
 
+mod errors;
+mod kill;
+mod model;
+mod threads;
+mod world;
+
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -19,10 +25,11 @@ impl Hook {
         call.map_or(Ok(()), |call| call(chain, step))
     }
 
-    pub(super) fn set(
-        &self,
-        call: impl Fn(&Chain, &'static str) -> Result<()> + Send + Sync + 'static,
-    ) {
+    fn set(&self, call: impl Fn(&Chain, &'static str) -> Result<()> + Send + Sync + 'static) {
         *self.0.lock() = Some(Arc::new(call));
+    }
+
+    fn clear(&self) {
+        *self.0.lock() = None;
     }
 }
