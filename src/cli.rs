@@ -16,19 +16,25 @@ use uuid::Uuid;
     after_long_help = AFTER_HELP,
     disable_help_subcommand = true
 )]
-pub struct Cli {
+pub(crate) struct Cli {
     /// Folder with VMs, targets and run records
-    #[arg(long, global = true, env = "TIDEMARK_DATA_DIR", default_value = "/var/lib/tidemark", value_name = "DIR")]
-    pub data_dir: PathBuf,
+    #[arg(
+        long,
+        global = true,
+        env = "TIDEMARK_DATA_DIR",
+        default_value = "/var/lib/tidemark",
+        value_name = "DIR"
+    )]
+    pub(crate) data_dir: PathBuf,
     /// Print one JSON document on standard output instead of text
     #[arg(long, global = true)]
-    pub json: bool,
+    pub(crate) json: bool,
     /// No progress, no notes; errors only
     #[arg(long, short, global = true)]
-    pub quiet: bool,
+    pub(crate) quiet: bool,
     /// What to do
     #[command(subcommand)]
-    pub command: Command,
+    pub(crate) command: Command,
 }
 
 const LONG_ABOUT: &str = "\
@@ -63,7 +69,7 @@ Exit codes:
 
 /// Commands.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Create, start, stop and look at VMs
     #[command(subcommand)]
     Vm(VmCommand),
@@ -97,9 +103,11 @@ pub enum Command {
 
 /// `tidemark vm …`
 #[derive(Debug, Subcommand)]
-pub enum VmCommand {
+pub(crate) enum VmCommand {
     /// Create a VM from disk images or with an empty disk
-    #[command(after_help = "Images may be raw, vhdx, qcow2 or vmdk; they are copied, never changed. Give --kernel and\n--initrd to boot a kernel directly; without them the firmware boots the first disk.")]
+    #[command(
+        after_help = "Images may be raw, vhdx, qcow2 or vmdk; they are copied, never changed. Give --kernel and\n--initrd to boot a kernel directly; without them the firmware boots the first disk."
+    )]
     Create(VmCreateArgs),
     /// List VMs
     List,
@@ -150,38 +158,38 @@ pub enum VmCommand {
 
 /// `tidemark vm create`
 #[derive(Debug, Args)]
-pub struct VmCreateArgs {
+pub(crate) struct VmCreateArgs {
     /// Name: 1 to 64 of A-Z a-z 0-9 . _ -
-    pub name: String,
+    pub(crate) name: String,
     /// Disk image to import; once per disk
     #[arg(long, value_name = "IMAGE", num_args = 1.., required_unless_present = "disk_size")]
-    pub import: Vec<PathBuf>,
+    pub(crate) import: Vec<PathBuf>,
     /// Size of an empty disk, such as 20G; once per disk
     #[arg(long, value_name = "SIZE", value_parser = size)]
-    pub disk_size: Vec<u64>,
+    pub(crate) disk_size: Vec<u64>,
     /// Virtual machine monitor
     #[arg(long, value_enum, default_value_t = Driver::Qemu)]
-    pub driver: Driver,
+    pub(crate) driver: Driver,
     /// Virtual processors
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=255))]
-    pub cpus: u32,
+    pub(crate) cpus: u32,
     /// Memory
     #[arg(long, default_value = "1G", value_parser = size, value_name = "SIZE")]
-    pub memory: u64,
+    pub(crate) memory: u64,
     /// Linux kernel to boot directly; copied into the VM's folder
     #[arg(long, value_name = "FILE")]
-    pub kernel: Option<PathBuf>,
+    pub(crate) kernel: Option<PathBuf>,
     /// Initial RAM disk for the kernel
     #[arg(long, value_name = "FILE", requires = "kernel")]
-    pub initrd: Option<PathBuf>,
+    pub(crate) initrd: Option<PathBuf>,
     /// Kernel command line
     #[arg(long, value_name = "STRING", requires = "kernel")]
-    pub cmdline: Option<String>,
+    pub(crate) cmdline: Option<String>,
 }
 
 /// Virtual machine monitors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Driver {
+pub(crate) enum Driver {
     /// qemu-system-x86_64, with KVM where it runs at full speed, else emulated
     Qemu,
     /// Tidemark's own monitor (not part of this version)
@@ -190,7 +198,7 @@ pub enum Driver {
 
 /// `tidemark checkpoint …`
 #[derive(Debug, Subcommand)]
-pub enum CheckpointCommand {
+pub(crate) enum CheckpointCommand {
     /// Take a checkpoint
     Create {
         /// The VM
@@ -221,7 +229,7 @@ pub enum CheckpointCommand {
 
 /// Checkpoint types.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum CheckpointKind {
+pub(crate) enum CheckpointKind {
     /// Disks of a quiesced guest
     Production,
     /// Memory, devices and disks (not part of this version)
@@ -230,25 +238,25 @@ pub enum CheckpointKind {
 
 /// How the guest is brought to rest.
 #[derive(Debug, Clone, Args)]
-pub struct QuiesceArgs {
+pub(crate) struct QuiesceArgs {
     /// require: fail without a quiesced guest; try: fall back and say so; off: do not try
     #[arg(long, value_enum, default_value_t = Quiesce::Try, value_name = "MODE")]
-    pub quiesce: Quiesce,
+    pub(crate) quiesce: Quiesce,
     /// Longest time in seconds that the guest's file systems may stay frozen
     #[arg(long, default_value_t = 10, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=60))]
-    pub freeze_deadline: u64,
+    pub(crate) freeze_deadline: u64,
 }
 
 impl QuiesceArgs {
     /// The deadline as a duration.
-    pub fn deadline(&self) -> Duration {
+    pub(crate) fn deadline(&self) -> Duration {
         Duration::from_secs(self.freeze_deadline)
     }
 }
 
 /// Quiesce modes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Quiesce {
+pub(crate) enum Quiesce {
     /// Fail without it
     Require,
     /// Fall back to crash-consistent and say so
@@ -259,9 +267,11 @@ pub enum Quiesce {
 
 /// `tidemark target …`
 #[derive(Debug, Subcommand)]
-pub enum TargetCommand {
+pub(crate) enum TargetCommand {
     /// Add a target: opens the repository there or makes one, and finds its restore points
-    #[command(after_help = "URLs:\n  /backup/tidemark or file:///backup/tidemark\n  s3://BUCKET/PREFIX?endpoint=https://HOST:PORT&region=REGION\n\nKeep the passphrase safe and away from this host: without it no restore point can be read.")]
+    #[command(
+        after_help = "URLs:\n  /backup/tidemark or file:///backup/tidemark\n  s3://BUCKET/PREFIX?endpoint=https://HOST:PORT&region=REGION\n\nKeep the passphrase safe and away from this host: without it no restore point can be read."
+    )]
     Add {
         /// Name
         name: String,
@@ -299,7 +309,7 @@ pub enum TargetCommand {
 
 /// Media classes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum MediaKind {
+pub(crate) enum MediaKind {
     /// Local or network disk
     Disk,
     /// Object store
@@ -310,7 +320,7 @@ pub enum MediaKind {
 
 /// `tidemark backup …`
 #[derive(Debug, Subcommand)]
-pub enum BackupCommand {
+pub(crate) enum BackupCommand {
     /// Back up a VM to one target, then copy to the others
     Run {
         /// The VM
@@ -354,7 +364,7 @@ pub enum BackupCommand {
 
 /// zstd effort.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Effort {
+pub(crate) enum Effort {
     /// zstd 1
     Fast,
     /// zstd 2
@@ -365,7 +375,7 @@ pub enum Effort {
 
 /// `tidemark restore …`
 #[derive(Debug, Subcommand)]
-pub enum RestoreCommand {
+pub(crate) enum RestoreCommand {
     /// Restore a whole VM as a new VM: new ids, MAC addresses and generation id
     Vm {
         /// Id, unique beginning of one, or latest:VM
@@ -408,7 +418,7 @@ pub enum RestoreCommand {
 
 /// Formats of restored disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum OutFormat {
+pub(crate) enum OutFormat {
     /// Dynamic VHDX
     Vhdx,
     /// Raw, sparse
@@ -417,7 +427,7 @@ pub enum OutFormat {
 
 /// `tidemark disk …`
 #[derive(Debug, Subcommand)]
-pub enum DiskCommand {
+pub(crate) enum DiskCommand {
     /// Show what a VHDX file is
     Info {
         /// The file
@@ -461,7 +471,9 @@ pub enum DiskCommand {
         file: PathBuf,
     },
     /// Serve an offline VM's disk over NBD, with change tracking, until Ctrl-C
-    #[command(after_help = "Any NBD client can then write to it, and the next backup sees what it wrote:\n  nbdcopy image.raw 'nbd+unix:///?socket=/run/d.sock'")]
+    #[command(
+        after_help = "Any NBD client can then write to it, and the next backup sees what it wrote:\n  nbdcopy image.raw 'nbd+unix:///?socket=/run/d.sock'"
+    )]
     Serve {
         /// The VM
         vm: String,
@@ -478,7 +490,7 @@ pub enum DiskCommand {
 
 /// Formats of converted disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ConvertFormat {
+pub(crate) enum ConvertFormat {
     /// Dynamic VHDX
     Dynamic,
     /// Fixed VHDX
@@ -489,7 +501,7 @@ pub enum ConvertFormat {
 
 /// `tidemark repo …`
 #[derive(Debug, Subcommand)]
-pub enum RepoCommand {
+pub(crate) enum RepoCommand {
     /// Sizes and counts of a target's repository
     Stats {
         /// The target
@@ -499,41 +511,46 @@ pub enum RepoCommand {
 
 /// `tidemark demo`
 #[derive(Debug, Args)]
-pub struct DemoArgs {
+pub(crate) struct DemoArgs {
     /// Folder with the guest: debian.raw, vmlinuz, initrd.img, cmdline (`make guest` builds it)
     #[arg(long, env = "TIDEMARK_GUEST_DIR", default_value = ".cache/guest", value_name = "DIR")]
-    pub guest: PathBuf,
+    pub(crate) guest: PathBuf,
     /// The SeaweedFS program that plays the S3 service (`make setup` installs it)
-    #[arg(long, env = "TIDEMARK_WEED", default_value = ".cache/seaweed-venv/bin/weed", value_name = "FILE")]
-    pub weed: PathBuf,
+    #[arg(
+        long,
+        env = "TIDEMARK_WEED",
+        default_value = ".cache/seaweed-venv/bin/weed",
+        value_name = "FILE"
+    )]
+    pub(crate) weed: PathBuf,
     /// Keep the demo's folder and say where it is
     #[arg(long)]
-    pub keep: bool,
+    pub(crate) keep: bool,
 }
 
 /// `tidemark disk-server`
 #[derive(Debug, Args)]
-pub struct DiskServerArgs {
+pub(crate) struct DiskServerArgs {
     /// NAME=PATH of a disk's leaf
     #[arg(long, value_parser = name_path, required = true)]
-    pub disk: Vec<(String, PathBuf)>,
+    pub(crate) disk: Vec<(String, PathBuf)>,
     /// NBD socket
     #[arg(long)]
-    pub nbd_socket: PathBuf,
+    pub(crate) nbd_socket: PathBuf,
     /// Control socket
     #[arg(long)]
-    pub control_socket: PathBuf,
+    pub(crate) control_socket: PathBuf,
 }
 
 /// `tidemark vm-guard`
 #[derive(Debug, Args)]
-pub struct VmGuardArgs {
+pub(crate) struct VmGuardArgs {
     /// The VM
     #[arg(long)]
-    pub vm: String,
+    pub(crate) vm: String,
     /// The VM's id, for the process list
     #[arg(long)]
-    pub id: Option<Uuid>,
+    pub(crate) id: Option<Uuid>,
 }
 
 /// A size with binary units: 512, 64M, 20G, 1TiB.

@@ -12,18 +12,18 @@ use crate::failure::{Code, Failure, Result};
 use crate::output::Output;
 
 /// A command's surroundings.
-pub struct Context {
+pub(crate) struct Context {
     data_dir: PathBuf,
     /// How to speak.
-    pub output: Output,
+    pub(crate) output: Output,
     /// Set by Ctrl-C and SIGTERM: stop, clean up, end.
-    pub cancel: Arc<AtomicBool>,
+    pub(crate) cancel: Arc<AtomicBool>,
 }
 
 impl Context {
     /// Sets up signal handling. A second Ctrl-C ends the process at once; the next operation on the
     /// VM then finishes or undoes what was half done.
-    pub fn new(data_dir: PathBuf, json: bool, quiet: bool) -> Result<Self> {
+    pub(crate) fn new(data_dir: PathBuf, json: bool, quiet: bool) -> Result<Self> {
         let cancel = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&cancel);
         ctrlc::set_handler(move || {
@@ -37,26 +37,27 @@ impl Context {
     }
 
     /// The engine over the data directory.
-    pub fn engine(&self) -> Result<Engine> {
+    pub(crate) fn engine(&self) -> Result<Engine> {
         self.engine_at(&self.data_dir)
     }
 
     /// An engine over another directory.
-    pub fn engine_at(&self, data_dir: &Path) -> Result<Engine> {
+    pub(crate) fn engine_at(&self, data_dir: &Path) -> Result<Engine> {
         Ok(Engine::open(data_dir, EngineOptions { program: program()? })?)
     }
 
     /// The exporter over an engine, asking for secrets at the terminal where there is one.
-    pub fn exporter<'a>(&self, engine: &'a Engine) -> Exporter<'a> {
+    pub(crate) fn exporter<'a>(&self, engine: &'a Engine) -> Exporter<'a> {
         Exporter::new(engine, &prompt)
     }
 }
 
 /// This program, to be run as disk owner and guard. The path stays valid when the file is replaced
 /// by an upgrade.
-pub fn program() -> Result<PathBuf> {
-    std::env::current_exe()
-        .map_err(|e| Failure::new(Code::Failed, format!("cannot find the tidemark program itself: {e}")))
+pub(crate) fn program() -> Result<PathBuf> {
+    std::env::current_exe().map_err(|e| {
+        Failure::new(Code::Failed, format!("cannot find the tidemark program itself: {e}"))
+    })
 }
 
 fn prompt(what: &str) -> Option<String> {

@@ -10,7 +10,7 @@ use tidemark_exporter::ExportError;
 /// Exit codes; documented in `tidemark --help`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
-pub enum Code {
+pub(crate) enum Code {
     /// Failed.
     Failed = 1,
     /// Done in part.
@@ -29,15 +29,15 @@ pub enum Code {
 
 /// A command's failure: what to tell the user, and the exit code.
 #[derive(Debug)]
-pub struct Failure {
+pub(crate) struct Failure {
     /// Exit code.
-    pub code: Code,
+    pub(crate) code: Code,
     message: String,
 }
 
 impl Failure {
     /// A failure with a message of the command's own.
-    pub fn new(code: Code, message: impl Into<String>) -> Self {
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
     }
 }
@@ -49,7 +49,7 @@ impl fmt::Display for Failure {
 }
 
 /// Result of a command.
-pub type Result<T = ()> = std::result::Result<T, Failure>;
+pub(crate) type Result<T = ()> = std::result::Result<T, Failure>;
 
 impl From<DiskError> for Failure {
     fn from(e: DiskError) -> Self {
@@ -89,7 +89,9 @@ fn disk_code(e: &DiskError) -> Code {
         DiskError::Cancelled => Code::Cancelled,
         DiskError::Corrupt { .. } | DiskError::ParentChanged { .. } => Code::Damaged,
         DiskError::ParentMissing { .. } => Code::NotFound,
-        DiskError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Code::NotFound,
+        DiskError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            Code::NotFound
+        }
         _ => Code::Failed,
     }
 }

@@ -12,24 +12,24 @@ use tidemark_exporter::RunEvent;
 
 /// How a command speaks.
 #[derive(Debug, Clone, Copy)]
-pub struct Output {
+pub(crate) struct Output {
     json: bool,
     quiet: bool,
 }
 
 impl Output {
     /// From the global options.
-    pub fn new(json: bool, quiet: bool) -> Self {
+    pub(crate) fn new(json: bool, quiet: bool) -> Self {
         Self { json, quiet }
     }
 
     /// Whether standard output carries JSON.
-    pub fn json(&self) -> bool {
+    pub(crate) fn json(&self) -> bool {
         self.json
     }
 
     /// The result: as JSON, or as text made only when it is wanted.
-    pub fn result<T: Serialize>(&self, value: &T, text: impl FnOnce() -> String) {
+    pub(crate) fn result<T: Serialize>(&self, value: &T, text: impl FnOnce() -> String) {
         if self.json {
             match serde_json::to_string_pretty(value) {
                 Ok(document) => println!("{document}"),
@@ -44,20 +44,20 @@ impl Output {
     }
 
     /// A remark for people.
-    pub fn note(&self, text: &str) {
+    pub(crate) fn note(&self, text: &str) {
         if !self.quiet {
             eprintln!("{text}");
         }
     }
 
     /// A progress display; silent with `--quiet`, plain lines without a terminal.
-    pub fn progress(&self) -> ProgressView {
+    pub(crate) fn progress(&self) -> ProgressView {
         ProgressView::new(self.quiet)
     }
 }
 
 /// Shows a long operation: bar, rate, time left; changed, new and stored bytes.
-pub struct ProgressView {
+pub(crate) struct ProgressView {
     bar: ProgressBar,
     plain: bool,
     step: Mutex<String>,
@@ -68,7 +68,11 @@ impl ProgressView {
         let terminal = std::io::stderr().is_terminal();
         let bar = ProgressBar::with_draw_target(
             None,
-            if quiet || !terminal { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() },
+            if quiet || !terminal {
+                ProgressDrawTarget::hidden()
+            } else {
+                ProgressDrawTarget::stderr()
+            },
         );
         bar.set_style(spinner());
         bar.enable_steady_tick(Duration::from_millis(200));
@@ -76,7 +80,7 @@ impl ProgressView {
     }
 
     /// Takes an event of a run.
-    pub fn event(&self, event: &RunEvent) {
+    pub(crate) fn event(&self, event: &RunEvent) {
         match event {
             RunEvent::Step { step } => self.step(step),
             RunEvent::Progress { done, total, new_bytes, stored_bytes } => {
@@ -92,7 +96,7 @@ impl ProgressView {
     }
 
     /// Takes progress of an engine operation.
-    pub fn engine(&self, what: &str, done: u64, total: u64) {
+    pub(crate) fn engine(&self, what: &str, done: u64, total: u64) {
         if self.step.lock().is_ok_and(|s| *s != what) {
             self.step(what);
         }
@@ -123,7 +127,7 @@ impl ProgressView {
     }
 
     /// A remark above the bar.
-    pub fn note(&self, text: &str) {
+    pub(crate) fn note(&self, text: &str) {
         if self.plain {
             eprintln!("note: {text}");
         } else {
@@ -132,13 +136,14 @@ impl ProgressView {
     }
 
     /// Takes the display away.
-    pub fn finish(&self) {
+    pub(crate) fn finish(&self) {
         self.bar.finish_and_clear();
     }
 }
 
 fn spinner() -> ProgressStyle {
-    ProgressStyle::with_template("{spinner} {prefix} {elapsed}").unwrap_or_else(|_| ProgressStyle::default_spinner())
+    ProgressStyle::with_template("{spinner} {prefix} {elapsed}")
+        .unwrap_or_else(|_| ProgressStyle::default_spinner())
 }
 
 fn bytes() -> ProgressStyle {
@@ -149,7 +154,7 @@ fn bytes() -> ProgressStyle {
 }
 
 /// A plain table, columns aligned, no frame.
-pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+pub(crate) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
     table.set_header(header);
@@ -160,16 +165,16 @@ pub fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> St
 }
 
 /// Bytes for people.
-pub fn human(bytes: u64) -> String {
+pub(crate) fn human(bytes: u64) -> String {
     HumanBytes(bytes).to_string()
 }
 
 /// Milliseconds as seconds for people.
-pub fn seconds(millis: u64) -> String {
+pub(crate) fn seconds(millis: u64) -> String {
     format!("{}.{:01}", millis / 1000, millis % 1000 / 100)
 }
 
 /// Microseconds as milliseconds for people.
-pub fn millis(micros: u64) -> String {
+pub(crate) fn millis(micros: u64) -> String {
     format!("{}.{:01}", micros / 1000, micros % 1000 / 100)
 }

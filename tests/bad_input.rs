@@ -83,7 +83,8 @@ fn i7_flipped_bit_in_a_pack_is_found_and_never_restored() {
     let out = host.path().join("out.raw");
     let said = host.fails(7, ["backup", "verify", "--all"]);
     assert!(said.contains("damaged"), "{said}");
-    let said = host.fails(7, ["restore", "disk", "latest:v", "disk0", "--format", "raw", "--out", text(&out)]);
+    let said = host
+        .fails(7, ["restore", "disk", "latest:v", "disk0", "--format", "raw", "--out", text(&out)]);
     assert!(said.contains(&name[..8]), "{said} does not name {name}");
     assert!(!out.exists(), "a damaged disk was left as if it were good");
     let said = host.fails(7, ["restore", "vm", "latest:v", "--as", "v2"]);
@@ -111,15 +112,18 @@ fn largest_file(folder: &Path) -> PathBuf {
 fn wrong_passphrase_is_told_from_damage() {
     let host = Host::new();
     backed_up(&host);
-    let output = host.command(["backup", "list"]).env("TIDEMARK_PASSPHRASE", "wrong").output().unwrap();
+    let output =
+        host.command(["backup", "list"]).env("TIDEMARK_PASSPHRASE", "wrong").output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(3), "{said}");
     assert!(said.contains("passphrase"), "{said}");
-    let output = host.command(["backup", "run", "v"]).env("TIDEMARK_PASSPHRASE", "wrong").output().unwrap();
+    let output =
+        host.command(["backup", "run", "v"]).env("TIDEMARK_PASSPHRASE", "wrong").output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("passphrase") && said.contains("local"), "{said}");
-    let output = host.command(["backup", "run", "v"]).env_remove("TIDEMARK_PASSPHRASE").output().unwrap();
+    let output =
+        host.command(["backup", "run", "v"]).env_remove("TIDEMARK_PASSPHRASE").output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!output.status.success() && said.contains("TIDEMARK_PASSPHRASE"), "{said}");
     host.json(["backup", "run", "v"]);
@@ -157,7 +161,10 @@ fn full_target_fails_the_run_and_loses_nothing() {
     let said = host.fails(1, ["backup", "run", "v"]);
     assert!(said.contains("small") && said.contains("space"), "{said}");
     assert_eq!(host.json(["backup", "list"])["points"].as_array().unwrap().len(), 0);
-    assert_eq!(host.json(["vm", "show", "v"])["config"]["checkpoints"].as_array().unwrap().len(), 0);
+    assert_eq!(
+        host.json(["vm", "show", "v"])["config"]["checkpoints"].as_array().unwrap().len(),
+        0
+    );
     tool("mount", ["-o", "remount,size=64m", text(&small.0)]);
     host.json(["backup", "run", "v"]);
     host.json(["backup", "verify", "--all"]);

@@ -22,7 +22,8 @@ type Hashes = BTreeMap<String, String>;
 
 /// Backs up through the library and, while the checkpoint exists, hashes its disks by itself.
 fn backup_and_hash(host: &Host, vm: &str, quiesce: QuiesceMode) -> (BackupReport, Hashes) {
-    let engine = Engine::open(&host.data_dir(), EngineOptions { program: TIDEMARK.into() }).unwrap();
+    let engine =
+        Engine::open(&host.data_dir(), EngineOptions { program: TIDEMARK.into() }).unwrap();
     let no_prompt = |_: &str| Some(common::PASSPHRASE.to_owned());
     let exporter = Exporter::new(&engine, &no_prompt);
     let hashes = Mutex::new(Hashes::new());
@@ -44,7 +45,10 @@ fn backup_and_hash(host: &Host, vm: &str, quiesce: QuiesceMode) -> (BackupReport
         if hashes.is_empty() {
             for disk in &checkpoint.disks {
                 let file = host.data_dir().join("vms").join(vm).join("disks").join(&disk.file);
-                hashes.insert(disk.name.clone(), hash(&Chain::open(&file, Access::ReadOnly).unwrap()));
+                hashes.insert(
+                    disk.name.clone(),
+                    hash(&Chain::open(&file, Access::ReadOnly).unwrap()),
+                );
             }
         }
     };
@@ -75,7 +79,16 @@ fn hash_file(path: &std::path::Path) -> String {
 /// Restores a point's disk to a raw file.
 fn restore_raw(host: &Host, point: &str, name: &str) -> std::path::PathBuf {
     let out = host.path().join(name);
-    host.json(["restore", "disk", point, "disk0", "--format", "raw", "--out", out.to_str().unwrap()]);
+    host.json([
+        "restore",
+        "disk",
+        point,
+        "disk0",
+        "--format",
+        "raw",
+        "--out",
+        out.to_str().unwrap(),
+    ]);
     out
 }
 
@@ -104,7 +117,15 @@ fn quiesced_point_needs_no_journal_replay_and_postgresql_starts_clean() {
     host.add_local_target("local");
     let service = s3::start(&host);
     let keys = s3::key_file(&host);
-    host.json(["target", "add", "offsite", &service.url("e2e"), "--offsite", "--credentials-file", &keys]);
+    host.json([
+        "target",
+        "add",
+        "offsite",
+        &service.url("e2e"),
+        "--offsite",
+        "--credentials-file",
+        &keys,
+    ]);
     let vm = Vm::create(&host, "db");
     vm.start();
     vm.sh("su postgres -c 'createdb bank && psql -q bank -c \"create table t (n bigserial primary key, at timestamptz default now())\"'");
@@ -116,7 +137,8 @@ fn quiesced_point_needs_no_journal_replay_and_postgresql_starts_clean() {
     assert!(!features.contains("needs_recovery"), "the journal needs a replay:\n{features}");
 
     let (second, _) = backup_and_hash(&host, "db", QuiesceMode::Require);
-    let committed: u64 = vm.sh("su postgres -c 'psql -tA bank -c \"select count(*) from t\"'").parse().unwrap();
+    let committed: u64 =
+        vm.sh("su postgres -c 'psql -tA bank -c \"select count(*) from t\"'").parse().unwrap();
     host.json(["backup", "run", "db", "--quiesce", "require"]);
     vm.cut_power();
     host.json(["vm", "delete", "db", "--yes"]);
@@ -126,7 +148,10 @@ fn quiesced_point_needs_no_journal_replay_and_postgresql_starts_clean() {
     let db2 = Vm::existing(&host, "db2");
     db2.start();
     let rows: u64 = db2.sh("for i in $(seq 60); do su postgres -c 'psql -tA bank -c \"select count(*) from t\"' 2>/dev/null && exit 0; sleep 1; done; exit 1").parse().unwrap();
-    assert!(rows >= committed, "{rows} rows restored, {committed} were committed before the backup");
+    assert!(
+        rows >= committed,
+        "{rows} rows restored, {committed} were committed before the backup"
+    );
     // PostgreSQL itself replays its log after any backup of a running cluster; the file system does not.
     let log = db2.sh("cat /var/log/postgresql/*.log");
     assert!(!log.contains("PANIC") && !log.contains("invalid page"), "{log}");
@@ -178,7 +203,10 @@ fn serve_and_write(host: &Host, vm: &str, random: &mut common::Random, count: us
     for _ in 0..count {
         let block = random.below((4 << 30) / 4096);
         granules.insert(block / 16);
-        script.extend(["-c".to_owned(), format!("write -q -P {} {} 4k", 1 + random.below(255), block * 4096)]);
+        script.extend([
+            "-c".to_owned(),
+            format!("write -q -P {} {} 4k", 1 + random.below(255), block * 4096),
+        ]);
     }
     script.extend(["-c".to_owned(), "flush".to_owned(), uri]);
     tool("qemu-io", &script);

@@ -114,7 +114,11 @@ fn kill(host: &Host, victim: Victim, run: &Child) -> bool {
         _ => find(host, victim.mark()),
     };
     pid.is_some_and(|pid| {
-        std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success()
+        std::process::Command::new("kill")
+            .args(["-9", &pid.to_string()])
+            .status()
+            .unwrap()
+            .success()
     })
 }
 
@@ -155,7 +159,10 @@ fn i2_guest_writes_again(vm: &Vm<'_>, since: Instant, seed: u64) {
 fn aftermath(host: &Host, vm: &Vm<'_>, sum: &str, seed: u64) {
     let run = host.json(["backup", "run", "k", "--quiesce", "require"]);
     assert_eq!(vm.disk_files(), ["disk0.vhdx"], "seed {seed}: an AVHDX was orphaned");
-    assert_eq!(host.json(["vm", "show", "k"])["config"]["checkpoints"].as_array().unwrap().len(), 0);
+    assert_eq!(
+        host.json(["vm", "show", "k"])["config"]["checkpoints"].as_array().unwrap().len(),
+        0
+    );
     assert_eq!(vm.sh("sha256sum /srv/known"), sum, "seed {seed}: the guest's data changed");
     host.json(["backup", "verify", run["point"].as_str().unwrap(), "--quick"]);
     assert_eq!(host.json(["vm", "list"])[0]["pending"], serde_json::Value::Null, "seed {seed}");

@@ -33,7 +33,16 @@ fn backup_of_a_sparse_tebibyte_stays_under_256_mib() {
         assert!(kib < 256 << 10, "{expected} backup took {kib} KiB");
     }
     let out = host.path().join("out.raw");
-    host.json(["restore", "disk", "latest:big", "disk0", "--format", "raw", "--out", out.to_str().unwrap()]);
+    host.json([
+        "restore",
+        "disk",
+        "latest:big",
+        "disk0",
+        "--format",
+        "raw",
+        "--out",
+        out.to_str().unwrap(),
+    ]);
     common::tool("cmp", ["-n", "8G", image.to_str().unwrap(), out.to_str().unwrap()]);
 }
 
@@ -42,8 +51,10 @@ fn backup_of_a_sparse_tebibyte_stays_under_256_mib() {
 fn peak_kib(child: &mut std::process::Child) -> u64 {
     let mut peak = 0;
     while child.try_wait().unwrap().is_none() {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
-        let mark = status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
+        let status =
+            std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let mark =
+            status.lines().find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
         peak = peak.max(mark.and_then(|m| m.trim().parse().ok()).unwrap_or(0));
         std::thread::sleep(std::time::Duration::from_millis(5));
     }

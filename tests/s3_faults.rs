@@ -121,7 +121,11 @@ fn wrong_key_missing_bucket_and_no_route_are_told_apart() {
     assert!(!missing.status.success() && said(&missing).contains("bucket"), "{}", said(&missing));
 
     let nowhere = add(&host, "s3", "s3://tidemark/a?endpoint=http://127.0.0.1:9&retry_seconds=2");
-    assert!(!nowhere.status.success() && said(&nowhere).contains("127.0.0.1:9"), "{}", said(&nowhere));
+    assert!(
+        !nowhere.status.success() && said(&nowhere).contains("127.0.0.1:9"),
+        "{}",
+        said(&nowhere)
+    );
     assert!(host.json(["target", "list"]).as_array().unwrap().is_empty());
 
     let none = host.command(["target", "add", "s3", &url]).output().unwrap();
@@ -186,7 +190,10 @@ fn change(host: &Host, seed: u64) {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     let uri = format!("nbd+unix:///disk0?socket={}", socket.display());
-    common::tool("qemu-io", ["-f", "raw", "-c", &format!("write -s {} 32M 8M", raw.display()), "-c", "flush", &uri]);
+    common::tool(
+        "qemu-io",
+        ["-f", "raw", "-c", &format!("write -s {} 32M 8M", raw.display()), "-c", "flush", &uri],
+    );
     common::tool("kill", ["-INT", &server.id().to_string()]);
     assert!(server.wait().unwrap().success());
 }

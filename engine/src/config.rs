@@ -16,6 +16,8 @@ use crate::store;
 pub const MAX_CHECKPOINTS: usize = 50;
 /// Most disks that a VM may have.
 pub const MAX_DISKS: usize = 26;
+/// Most network cards that a VM may have.
+const MAX_NICS: usize = 8;
 /// Version of the content of `vm.vmcx` and `snapshots/<checkpoint>.vmcx`.
 pub const CONFIG_VERSION: u32 = 1;
 /// What the first line of a configuration file begins with.
@@ -239,6 +241,9 @@ impl VmConfig {
         }
         for file in self.kernel.iter().chain(&self.initrd) {
             check_file_name(file)?;
+        }
+        if self.macs.len() > MAX_NICS {
+            return Err(format!("a VM has at most {MAX_NICS} network cards"));
         }
         self.macs.iter().try_for_each(|mac| check_mac(mac))?;
         self.checkpoints.iter().try_for_each(|c| self.check_checkpoint(c))

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use tidemark_disk::Geometry;
 use tidemark_disk::chain::Chain;
-use tidemark_disk::vhdx::{Access, CreateOptions, Vhdx};
+use tidemark_disk::vhdx::{Access, CreateOptions};
 use tidemark_driver::DriverKind;
 
 use crate::config::{CreateVm, DiskConfig, NewDisk, Progress, VmConfig, check_name};
@@ -149,7 +149,7 @@ pub(crate) fn make_disk(path: &Path, geometry: Geometry, id: Option<Uuid>) -> Re
         disk_id: Some(id.unwrap_or_else(Uuid::new_v4)),
         parent: None,
     };
-    Vhdx::create(path, &options)?;
+    Chain::create(path, &options)?;
     Ok(Chain::open(path, Access::ReadWrite)?)
 }
 

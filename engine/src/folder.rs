@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use tidemark_disk::rct::pair_paths;
+use tidemark_disk::chain::delete_disk_files;
 
 use crate::error::{EngineError, Result};
 use crate::lock::FileLock;
@@ -47,9 +47,7 @@ impl VmFolder {
     /// Gives a finished folder its name: the moment at which the VM exists. Everything in it must be
     /// durable. A kill before leaves a folder under construction, after it the whole VM.
     pub(crate) fn publish(self, vms: &Path, name: &str) -> Result<Self> {
-        for dir in [self.disks(), self.snapshots(), self.boot(), self.root.clone()] {
-            store::sync_dir(&dir)?;
-        }
+        self.sync()?;
         let target = vms.join(name);
         let flags = rustix::fs::RenameFlags::NOREPLACE;
         let here = rustix::fs::CWD;
@@ -60,6 +58,27 @@ impl VmFolder {
         }
         store::sync_dir(vms)?;
         Ok(Self { root: target })
+    }
+
+    /// Exchanges a finished folder under construction with the VM `name`: the one takes the name, the
+    /// other is then found under construction, in one step. A kill before it leaves the old VM, after
+    /// it the new one; [`clean_up`] removes the other, whose lock nobody holds any more.
+    pub(crate) fn exchange(&self, vms: &Path, name: &str) -> Result<()> {
+        self.sync()?;
+        let target = vms.join(name);
+        let flags = rustix::fs::RenameFlags::EXCHANGE;
+        let here = rustix::fs::CWD;
+        rustix::fs::renameat_with(here, &self.root, here, &target, flags)
+            .map_err(|e| EngineError::io("exchange", &target, e))?;
+        store::sync_dir(vms)
+    }
+
+    /// Makes the names of a finished folder's files durable.
+    fn sync(&self) -> Result<()> {
+        for dir in [self.disks(), self.snapshots(), self.boot(), self.root.clone()] {
+            store::sync_dir(&dir)?;
+        }
+        Ok(())
     }
 
     /// Removes the folder: first out of sight in one step, then from the disk.
@@ -129,15 +148,10 @@ impl VmFolder {
         self.snapshots().join(format!("{checkpoint}.vmcx"))
     }
 
-    /// Removes a disk file that nothing refers to any more, with its tracking pair: the pair first, so
-    /// that a kill in between leaves the disk file, by which the rest is found again.
+    /// Removes a disk file that nothing refers to any more, with its tracking pair. Refused while
+    /// somebody writes it.
     pub(crate) fn remove_disk(&self, file: &str) -> Result<()> {
-        let disk = self.disk(file);
-        let (rct, mrt) = pair_paths(&disk);
-        for path in [&rct, &mrt, &disk] {
-            store::remove_file(path)?;
-        }
-        store::sync_dir(&self.disks())
+        Ok(delete_disk_files(&self.disk(file))?)
     }
 }
 

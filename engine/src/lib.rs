@@ -32,6 +32,8 @@ mod runtime;
 mod session;
 mod spawn;
 mod store;
+#[cfg(test)]
+mod tests;
 
 pub use config::{
     CONFIG_VERSION, CheckpointDisk, CheckpointPurpose, CheckpointRecord, CheckpointRequest,
@@ -42,4 +44,3 @@ pub use engine::{Engine, EngineOptions};
 pub use error::{EngineError, Result};
 pub use restore::{NewVm, RestoreVm};
 pub use session::{OpenCheckpointDisk, VmSession};
-pub use spawn::detach;

@@ -53,6 +53,9 @@ pub(crate) fn process(run: &RunDir) -> Option<ProcessId> {
     if let Some(id) = run.owner_pid().filter(ProcessId::alive) {
         return Some(id);
     }
+    if !run.control_socket().exists() {
+        return None;
+    }
     // Not recorded, if whoever started it was killed before it could do so.
     let pid = report(&mut connect(run).ok()?).ok()?.pid;
     let id = ProcessId::of(pid)?;

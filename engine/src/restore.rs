@@ -15,7 +15,8 @@ use crate::engine::Engine;
 use crate::error::{EngineError, Result};
 use crate::folder::VmFolder;
 use crate::lock::FileLock;
-use crate::store;
+use crate::session::VmSession;
+use crate::{fault, store};
 
 /// A VM to be made from a restore point.
 #[derive(Debug, Clone)]
@@ -45,9 +46,12 @@ pub struct NewVm {
 
 impl Engine {
     /// Makes an empty VM folder for a restore: new disks of these geometries, written through the
-    /// returned chains; visible only after [`NewVm::commit`].
+    /// returned chains; visible only after [`NewVm::commit`] or [`NewVm::commit_replacing`].
     pub fn begin_restore(&self, request: &RestoreVm) -> Result<NewVm> {
-        self.must_be_free(&request.name)?;
+        // With its identity it may be meant to replace the VM of that name: the commit decides.
+        if !request.keep_identity {
+            self.must_be_free(&request.name)?;
+        }
         let config = restored_config(request)?;
         let vms = self.vms();
         let (folder, lock) = VmFolder::begin(&vms)?;
@@ -76,19 +80,54 @@ impl Engine {
 impl NewVm {
     /// Flushes the disks and makes the VM visible under its name.
     pub fn commit(mut self) -> Result<VmConfig> {
+        if let Some(folder) = self.finish()? {
+            folder.publish(&self.vms, &self.config.name)?;
+        }
+        // Published: no longer ours to remove.
+        self.folder = None;
+        Ok(self.config.clone())
+    }
+
+    /// Like [`NewVm::commit`], in the place of the stopped VM of that name, which is kept until the
+    /// new one is complete, exchanged for it in one step, and then deleted.
+    pub fn commit_replacing(mut self, old: VmSession<'_>) -> Result<VmConfig> {
+        if old.place.name != self.config.name {
+            return Err(EngineError::Invalid(format!(
+                "{} cannot take the place of {}",
+                self.config.name, old.place.name
+            )));
+        }
+        old.release()?;
+        if let Some(folder) = self.finish()? {
+            fault::point("replace-finished");
+            // Not ours to remove while it is unclear which of the two it is: after an error the next
+            // clean-up does it.
+            self.folder = None;
+            folder.exchange(&self.vms, &self.config.name)?;
+            fault::point("replace-exchanged");
+            // What is under construction now is the old VM; dropping us removes it.
+            self.folder = Some(folder);
+        }
+        let config = self.config.clone();
+        drop(self);
+        old.place.run.remove();
+        // Only now: its lock kept others away from the folder that was being removed.
+        drop(old);
+        Ok(config)
+    }
+
+    /// Makes everything in the folder durable and closes it.
+    fn finish(&mut self) -> Result<Option<VmFolder>> {
         for chain in &self.chains {
             chain.flush()?;
             chain.close()?;
         }
         self.disks.clear();
         self.chains.clear();
-        if let Some(folder) = self.folder.clone() {
+        if let Some(folder) = &self.folder {
             self.config.save(&folder.config())?;
-            folder.publish(&self.vms, &self.config.name)?;
         }
-        // Published: no longer ours to remove.
-        self.folder = None;
-        Ok(self.config.clone())
+        Ok(self.folder.clone())
     }
 }
 

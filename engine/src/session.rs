@@ -188,15 +188,20 @@ impl VmSession<'_> {
         run.clear_guard()
     }
 
-    /// Deletes the stopped VM and its files.
-    pub fn delete(self) -> Result<()> {
+    /// Makes sure that nothing uses the VM's files any more, which are about to go away.
+    pub(crate) fn release(&self) -> Result<()> {
         if self.is_running()? {
             return Err(EngineError::State(format!(
                 "VM {name} is running; stop it first (`tidemark vm stop {name}`)",
                 name = self.place.name
             )));
         }
-        self.settle()?;
+        self.settle()
+    }
+
+    /// Deletes the stopped VM and its files.
+    pub fn delete(self) -> Result<()> {
+        self.release()?;
         self.place.folder.remove(&self.engine.vms())?;
         self.place.run.remove();
         Ok(())

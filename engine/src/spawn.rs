@@ -67,9 +67,17 @@ impl Drop for Starting {
     }
 }
 
+/// A program in a session of its own, so that neither our terminal's end nor its Ctrl-C reaches it.
+/// `setsid` (util-linux) replaces itself by the program: the process id stays.
+fn in_own_session(program: &Path) -> Command {
+    let mut command = Command::new("setsid");
+    command.arg(program);
+    command
+}
+
 /// The command line of a disk owner.
 pub(crate) fn disk_server(program: &Path, run: &RunDir, leaves: &[(String, PathBuf)]) -> Command {
-    let mut command = Command::new(program);
+    let mut command = in_own_session(program);
     command.arg("disk-server");
     for (name, leaf) in leaves {
         let mut disk = OsString::from(format!("{name}="));
@@ -83,14 +91,7 @@ pub(crate) fn disk_server(program: &Path, run: &RunDir, leaves: &[(String, PathB
 
 /// The command line of a guard.
 pub(crate) fn vm_guard(program: &Path, data_dir: &Path, vm: &str) -> Command {
-    let mut command = Command::new(program);
+    let mut command = in_own_session(program);
     command.arg("vm-guard").arg("--data-dir").arg(data_dir).arg("--vm").arg(vm);
     command
-}
-
-/// Leaves the session and process group of whoever started this process, so that neither their
-/// terminal nor their Ctrl-C ends it. To be called first in `disk-server` and `vm-guard`.
-pub fn detach() {
-    // Fails only in a process that leads a group already: then it is detached enough.
-    let _ = rustix::process::setsid();
 }

@@ -115,7 +115,6 @@ impl Output {
             Self::Vhdx(vhdx) => {
                 vhdx.flush()?;
                 vhdx.make_clean()?;
-                drop(vhdx);
                 File::open(path)
                     .and_then(|file| file.sync_all())
                     .map_err(ExportError::io("sync", path))

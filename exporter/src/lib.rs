@@ -43,6 +43,7 @@ pub use model::{
     BackupReport, BackupRequest, DiskFormat, Events, FoundPoint, PointFacts, ReadMode,
     RestoreRequest, RunEvent, TargetResult,
 };
+pub use point::Unread;
 pub use runs::{RunOutcome, RunRecord};
 pub use secrets::{SecretPrompt, TargetSecrets};
 pub use target::{Media, Target};

@@ -14,7 +14,7 @@ use crate::model::{FACTS_VERSION, FoundPoint, PointFacts};
 const MIN_PREFIX: usize = 4;
 
 /// Targets that could not be read, or single restore points on them.
-pub(crate) type Unread = Vec<(String, ExportError)>;
+pub type Unread = Vec<(String, ExportError)>;
 
 /// What a user may write for a restore point.
 enum Selector {
@@ -46,7 +46,7 @@ impl Selector {
 impl Exporter<'_> {
     /// All restore points of all targets, oldest first, and targets that could not be read. `vm` is a
     /// VM's name or id.
-    pub fn list(&self, vm: Option<&str>) -> Result<(Vec<FoundPoint>, Vec<(String, ExportError)>)> {
+    pub fn list(&self, vm: Option<&str>) -> Result<(Vec<FoundPoint>, Unread)> {
         let (mut points, unread) = self.collect(&self.names_to_read(None)?);
         if let Some(vm) = vm {
             points.retain(|p| belongs_to(p, vm));

@@ -48,9 +48,7 @@ impl Exporter<'_> {
         check(cancel)?;
         reporter.step("commit");
         Ok(match replaced {
-            Some(_) => {
-                return Err(ExportError::Invalid("in place needs an engine that can".to_owned()));
-            }
+            Some(old) => new.commit_replacing(old)?,
             None => new.commit()?,
         })
     }

@@ -275,7 +275,7 @@ fn pieces(range: Range<u64>) -> impl Iterator<Item = Step> + Send {
     let mut at = range.start;
     std::iter::from_fn(move || {
         let end = range.end.min((at / PIECE + 1) * PIECE);
-        let piece = (at < range.end).then(|| Step::Read(at..end));
+        let piece = (at < range.end).then_some(Step::Read(at..end));
         at = end;
         piece
     })

@@ -62,10 +62,10 @@ impl Target {
                 ExportError::Invalid(format!("the path {} is not UTF-8", path.display()))
             })?;
         }
-        for file in [&mut target.passphrase_file, &mut target.credentials_file] {
-            if let Some(path) = file {
-                *path = absolute(path)?;
-            }
+        for path in
+            [&mut target.passphrase_file, &mut target.credentials_file].into_iter().flatten()
+        {
+            *path = absolute(path)?;
         }
         Ok(target)
     }

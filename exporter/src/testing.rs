@@ -14,7 +14,6 @@ pub(crate) struct FakeDisk {
     kinds: Mutex<BTreeMap<u64, ExtentKind>>,
     answer: Mutex<Option<Vec<Extent>>>,
     questions: AtomicU64,
-    read: AtomicU64,
 }
 
 impl FakeDisk {
@@ -24,7 +23,6 @@ impl FakeDisk {
             kinds: Mutex::new(BTreeMap::from([(0, ExtentKind::Hole)])),
             answer: Mutex::default(),
             questions: AtomicU64::new(0),
-            read: AtomicU64::new(0),
         }
     }
 
@@ -46,10 +44,6 @@ impl FakeDisk {
 
     pub(crate) fn questions(&self) -> u64 {
         self.questions.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn read_bytes(&self) -> u64 {
-        self.read.load(Ordering::Relaxed)
     }
 
     fn kind_at(&self, offset: u64) -> ExtentKind {
@@ -84,7 +78,6 @@ impl Block for FakeDisk {
         if !offset.is_multiple_of(512) || !len.is_multiple_of(512) || offset + len > self.size {
             return Err(DiskError::OutOfRange { offset, len });
         }
-        self.read.fetch_add(len, Ordering::Relaxed);
         for (i, sector) in buf.chunks_exact_mut(512).enumerate() {
             sector.copy_from_slice(&self.sector(offset + 512 * i as u64));
         }

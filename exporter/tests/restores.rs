@@ -1,5 +1,7 @@
 //! Restores: whole VMs, in place, disks to files, from damaged and missing targets.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::process::Command;
@@ -8,7 +10,7 @@ use std::sync::atomic::AtomicBool;
 use common::*;
 use tidemark_exporter::{DiskFormat, ExportError, RestoreRequest};
 
-const CANCEL: AtomicBool = AtomicBool::new(false);
+static CANCEL: AtomicBool = AtomicBool::new(false);
 
 /// A VM with content, backed up to two targets.
 fn backed_up<'l>(

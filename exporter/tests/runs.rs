@@ -1,5 +1,7 @@
 //! Backup runs of offline VMs: what is read, what is stored, what comes back.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

@@ -1,5 +1,7 @@
 //! Adding, testing and mistaking targets.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::*;

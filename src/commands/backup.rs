@@ -13,7 +13,7 @@ use crate::failure::{Code, Failure, Result};
 use crate::output::{human, millis, seconds, table};
 
 /// Runs a backup command.
-pub fn run(context: &Context, command: BackupCommand) -> Result<ExitCode> {
+pub(crate) fn run(context: &Context, command: BackupCommand) -> Result<ExitCode> {
     let engine = context.engine()?;
     let exporter = context.exporter(&engine);
     match command {
@@ -27,7 +27,8 @@ pub fn run(context: &Context, command: BackupCommand) -> Result<ExitCode> {
                 compression: effort(compression),
             };
             let progress = context.output.progress();
-            let report = exporter.backup(&request, &|event| progress.event(&event), &context.cancel);
+            let report =
+                exporter.backup(&request, &|event| progress.event(&event), &context.cancel);
             progress.finish();
             let report = report?;
             context.output.result(&report, || describe_run(&report));
@@ -198,7 +199,9 @@ fn verify(
     if damaged > 0 {
         return Err(Failure::new(
             Code::Damaged,
-            format!("{damaged} damaged places; restore from another target, and back up with --full"),
+            format!(
+                "{damaged} damaged places; restore from another target, and back up with --full"
+            ),
         ));
     }
     Ok(ExitCode::SUCCESS)

@@ -2,7 +2,8 @@
 
 use serde_json::json;
 use tidemark_engine::{
-    CheckpointPurpose, CheckpointRecord, CheckpointRequest, CheckpointType, Consistency, QuiesceMode,
+    CheckpointPurpose, CheckpointRecord, CheckpointRequest, CheckpointType, Consistency,
+    QuiesceMode,
 };
 
 use crate::cli::{CheckpointCommand, CheckpointKind, Quiesce};
@@ -11,7 +12,7 @@ use crate::failure::Result;
 use crate::output::{millis, table};
 
 /// Runs a checkpoint command.
-pub fn run(context: &Context, command: CheckpointCommand) -> Result {
+pub(crate) fn run(context: &Context, command: CheckpointCommand) -> Result {
     let engine = context.engine()?;
     match command {
         CheckpointCommand::Create { vm, name, kind, quiesce } => {
@@ -50,9 +51,11 @@ pub fn run(context: &Context, command: CheckpointCommand) -> Result {
             );
             progress.finish();
             done?;
-            context.output.result(&json!({"vm": vm, "checkpoint": checkpoint, "deleted": true}), || {
-                format!("deleted {checkpoint}; its data is merged into {vm}'s disks")
-            });
+            context
+                .output
+                .result(&json!({"vm": vm, "checkpoint": checkpoint, "deleted": true}), || {
+                    format!("deleted {checkpoint}; its data is merged into {vm}'s disks")
+                });
         }
     }
     Ok(())
@@ -80,7 +83,7 @@ fn list(vm: &str, checkpoints: &[CheckpointRecord]) -> String {
 }
 
 /// Consistency for people.
-pub fn consistency(consistency: &Consistency) -> String {
+pub(crate) fn consistency(consistency: &Consistency) -> String {
     match consistency {
         Consistency::FileSystem { frozen } => format!("file systems quiesced ({frozen})"),
         Consistency::Crash { reason } => format!("crash-consistent: {reason}"),
@@ -89,7 +92,7 @@ pub fn consistency(consistency: &Consistency) -> String {
 }
 
 /// The engine's word for a quiesce mode.
-pub fn quiesce_mode(mode: Quiesce) -> QuiesceMode {
+pub(crate) fn quiesce_mode(mode: Quiesce) -> QuiesceMode {
     match mode {
         Quiesce::Require => QuiesceMode::Require,
         Quiesce::Try => QuiesceMode::Try,

@@ -18,12 +18,15 @@ use crate::failure::{Code, Failure, Result};
 use crate::output::{human, table};
 
 /// Runs a disk command.
-pub fn run(context: &Context, command: DiskCommand) -> Result {
+pub(crate) fn run(context: &Context, command: DiskCommand) -> Result {
     match command {
         DiskCommand::Info { file } => info(context, &file),
         DiskCommand::Check { file } => check(context, &file),
         DiskCommand::Create { file, size, block_size, sector, fixed } => {
-            let block_size = block_size.map_or_else(|| vhdx::default_block_size(size), |b| b.min(u64::from(u32::MAX)) as u32);
+            let block_size = block_size.map_or_else(
+                || vhdx::default_block_size(size),
+                |b| b.min(u64::from(u32::MAX)) as u32,
+            );
             Chain::create(
                 &file,
                 &CreateOptions {
@@ -36,9 +39,11 @@ pub fn run(context: &Context, command: DiskCommand) -> Result {
                     parent: None,
                 },
             )?;
-            context.output.result(&json!({"file": file, "size": size, "block_size": block_size}), || {
-                format!("created {} ({})", file.display(), human(size))
-            });
+            context
+                .output
+                .result(&json!({"file": file, "size": size, "block_size": block_size}), || {
+                    format!("created {} ({})", file.display(), human(size))
+                });
             Ok(())
         }
         DiskCommand::Convert { from, to, format } => copy(context, &from, &to, format),
@@ -53,7 +58,10 @@ fn info(context: &Context, file: &Path) -> Result {
     let disk = Vhdx::open(file, Access::ReadOnly)?;
     let p = disk.properties();
     let parent = p.parent.as_ref().map(|l| {
-        l.relative_path.clone().or_else(|| l.absolute_path.clone()).or_else(|| l.volume_path.clone())
+        l.relative_path
+            .clone()
+            .or_else(|| l.absolute_path.clone())
+            .or_else(|| l.volume_path.clone())
     });
     let document = json!({
         "file": file,
@@ -74,7 +82,13 @@ fn info(context: &Context, file: &Path) -> Result {
             ("kind", kind(&p).to_owned()),
             ("virtual size", format!("{} ({} bytes)", human(p.geometry.size), p.geometry.size)),
             ("block size", human(u64::from(p.block_size))),
-            ("sectors", format!("{} logical, {} physical", p.geometry.logical_sector, p.geometry.physical_sector)),
+            (
+                "sectors",
+                format!(
+                    "{} logical, {} physical",
+                    p.geometry.logical_sector, p.geometry.physical_sector
+                ),
+            ),
             ("disk id", p.disk_id.to_string()),
             ("data write id", p.data_write_guid.to_string()),
         ];
@@ -115,7 +129,10 @@ fn check(context: &Context, file: &Path) -> Result {
     if report.problems.is_empty() {
         return Ok(());
     }
-    Err(Failure::new(Code::Damaged, format!("{} is damaged: {}", file.display(), report.problems.join("; "))))
+    Err(Failure::new(
+        Code::Damaged,
+        format!("{} is damaged: {}", file.display(), report.problems.join("; ")),
+    ))
 }
 
 /// A raw or VHDX file, with its chain.
@@ -123,7 +140,8 @@ fn open_any(file: &Path) -> Result<Box<dyn Block>> {
     let mut magic = [0; 8];
     let read = std::fs::File::open(file).and_then(|mut f| std::io::Read::read(&mut f, &mut magic));
     read.map_err(|e| {
-        let code = if e.kind() == std::io::ErrorKind::NotFound { Code::NotFound } else { Code::Failed };
+        let code =
+            if e.kind() == std::io::ErrorKind::NotFound { Code::NotFound } else { Code::Failed };
         Failure::new(code, format!("open {}: {e}", file.display()))
     })?;
     if &magic == b"vhdxfile" {
@@ -141,8 +159,14 @@ fn copy(context: &Context, from: &Path, to: &Path, format: ConvertFormat) -> Res
         ConvertFormat::Raw => Format::Raw,
     };
     let progress = context.output.progress();
-    let done =
-        convert(&*source, to, format, None, &|p| progress.engine("convert", p.done, p.total), &context.cancel);
+    let done = convert(
+        &*source,
+        to,
+        format,
+        None,
+        &|p| progress.engine("convert", p.done, p.total),
+        &context.cancel,
+    );
     progress.finish();
     done?;
     context.output.result(&json!({"from": from, "to": to}), || format!("wrote {}", to.display()));
@@ -159,7 +183,9 @@ fn map(context: &Context, file: &Path) -> Result {
     context.output.result(&document, || {
         table(
             &["OFFSET", "LENGTH", "KIND"],
-            extents.iter().map(|e| vec![e.offset.to_string(), e.len.to_string(), name(e).to_owned()]),
+            extents
+                .iter()
+                .map(|e| vec![e.offset.to_string(), e.len.to_string(), name(e).to_owned()]),
         )
     });
     Ok(())

@@ -1,10 +1,10 @@
 //! The commands, one file per noun.
 
-pub mod backup;
-pub mod checkpoint;
-pub mod disk;
-pub mod process;
-pub mod repo;
-pub mod restore;
-pub mod target;
-pub mod vm;
+pub(crate) mod backup;
+pub(crate) mod checkpoint;
+pub(crate) mod disk;
+pub(crate) mod process;
+pub(crate) mod repo;
+pub(crate) mod restore;
+pub(crate) mod target;
+pub(crate) mod vm;

@@ -10,7 +10,7 @@ use crate::context::program;
 use crate::failure::Result;
 
 /// Owns a VM's disks until told to stop.
-pub fn disk_server(args: DiskServerArgs) -> Result {
+pub(crate) fn disk_server(args: DiskServerArgs) -> Result {
     let disks = args.disk.into_iter().map(|(name, leaf)| OwnedDisk { name, leaf }).collect();
     Ok(owner::run(OwnerConfig {
         disks,
@@ -20,7 +20,7 @@ pub fn disk_server(args: DiskServerArgs) -> Result {
 }
 
 /// Watches over a VM until it ends.
-pub fn vm_guard(data_dir: &Path, args: &VmGuardArgs) -> Result {
+pub(crate) fn vm_guard(data_dir: &Path, args: &VmGuardArgs) -> Result {
     let options = EngineOptions { program: program()? };
     Ok(tidemark_engine::guard::run(data_dir, &args.vm, options)?)
 }

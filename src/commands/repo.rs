@@ -6,7 +6,7 @@ use crate::failure::Result;
 use crate::output::{human, table};
 
 /// Runs a repository command.
-pub fn run(context: &Context, command: &RepoCommand) -> Result {
+pub(crate) fn run(context: &Context, command: &RepoCommand) -> Result {
     let engine = context.engine()?;
     let exporter = context.exporter(&engine);
     match command {

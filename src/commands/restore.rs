@@ -13,7 +13,7 @@ use crate::context::Context;
 use crate::failure::Result;
 
 /// Runs a restore command.
-pub fn run(context: &Context, command: RestoreCommand) -> Result {
+pub(crate) fn run(context: &Context, command: RestoreCommand) -> Result {
     let engine = context.engine()?;
     let exporter = context.exporter(&engine);
     match command {
@@ -64,7 +64,7 @@ pub fn run(context: &Context, command: RestoreCommand) -> Result {
 }
 
 /// Says where the exports are, then waits for Ctrl-C.
-pub fn serve_until_cancelled(context: &Context, socket: &Path, names: &[String]) {
+pub(crate) fn serve_until_cancelled(context: &Context, socket: &Path, names: &[String]) {
     context.output.result(&json!({"socket": socket, "exports": names}), || {
         names
             .iter()

@@ -9,11 +9,19 @@ use crate::failure::Result;
 use crate::output::table;
 
 /// Runs a target command.
-pub fn run(context: &Context, command: TargetCommand) -> Result {
+pub(crate) fn run(context: &Context, command: TargetCommand) -> Result {
     let engine = context.engine()?;
     let exporter = context.exporter(&engine);
     match command {
-        TargetCommand::Add { name, url, media, site, offsite, passphrase_file, credentials_file } => {
+        TargetCommand::Add {
+            name,
+            url,
+            media,
+            site,
+            offsite,
+            passphrase_file,
+            credentials_file,
+        } => {
             let media = match media {
                 Some(MediaKind::Disk) => Media::Disk,
                 Some(MediaKind::Object) => Media::Object,
@@ -21,7 +29,8 @@ pub fn run(context: &Context, command: TargetCommand) -> Result {
                 None if url.starts_with("s3://") => Media::Object,
                 None => Media::Disk,
             };
-            let target = Target { name, url, media, site, offsite, passphrase_file, credentials_file };
+            let target =
+                Target { name, url, media, site, offsite, passphrase_file, credentials_file };
             let (made, points) = exporter.add_target(&target)?;
             let result = json!({"target": target, "created": made, "points": points});
             context.output.result(&result, || {

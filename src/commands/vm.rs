@@ -14,7 +14,7 @@ use crate::failure::Result;
 use crate::output::{human, table};
 
 /// Runs a VM command.
-pub fn run(context: &Context, command: VmCommand) -> Result<ExitCode> {
+pub(crate) fn run(context: &Context, command: VmCommand) -> Result<ExitCode> {
     match command {
         VmCommand::Create(args) => create(context, args)?,
         VmCommand::List => list(context)?,
@@ -48,12 +48,13 @@ fn create(context: &Context, args: VmCreateArgs) -> Result {
         disks,
     };
     let progress = context.output.progress();
-    let made = context
-        .engine()?
-        .create(&request, &|what, done, total| progress.engine(what, done, total));
+    let made =
+        context.engine()?.create(&request, &|what, done, total| progress.engine(what, done, total));
     progress.finish();
     let config = made?;
-    context.output.result(&config, || format!("created {} ({} disks)", config.name, config.disks.len()));
+    context
+        .output
+        .result(&config, || format!("created {} ({} disks)", config.name, config.disks.len()));
     Ok(())
 }
 
@@ -100,7 +101,9 @@ fn describe(vm: &VmSummary) -> String {
     ];
     rows.extend(c.disks.iter().map(|d| vec![d.name.clone(), d.leaf.clone()]));
     rows.extend(
-        c.checkpoints.iter().map(|k| vec!["checkpoint".to_owned(), format!("{} ({})", k.name, k.created)]),
+        c.checkpoints
+            .iter()
+            .map(|k| vec!["checkpoint".to_owned(), format!("{} ({})", k.name, k.created)]),
     );
     rows.extend(vm.pending.iter().map(|p| vec!["pending".to_owned(), p.clone()]));
     table(&["", ""], rows)
@@ -154,8 +157,7 @@ fn delete(context: &Context, vm: &str, yes: bool) -> Result {
 
 fn exec(context: &Context, vm: &str, timeout: u64, command: &[String]) -> Result<ExitCode> {
     let (program, args) = command.split_first().map_or(("", &[][..]), |(p, a)| (p.as_str(), a));
-    let done =
-        context.engine()?.exec(vm, program, args, None, Duration::from_secs(timeout))?;
+    let done = context.engine()?.exec(vm, program, args, None, Duration::from_secs(timeout))?;
     if context.output.json() {
         let result = json!({
             "vm": vm,

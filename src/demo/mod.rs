@@ -64,7 +64,11 @@ impl<'a> Story<'a> {
         self.rows.pop();
         for (i, target) in report.targets.iter().enumerate() {
             self.rows.push(Row {
-                step: if i == 0 { format!("{name} to {}", target.target) } else { format!("copy to {}", target.target) },
+                step: if i == 0 {
+                    format!("{name} to {}", target.target)
+                } else {
+                    format!("copy to {}", target.target)
+                },
                 millis: target.millis,
                 read_bytes: Some(target.read_bytes),
                 new_bytes: Some(target.new_bytes),
@@ -107,7 +111,7 @@ impl<'a> Story<'a> {
 }
 
 /// Runs the demo.
-pub fn run(context: &Context, args: &DemoArgs) -> Result {
+pub(crate) fn run(context: &Context, args: &DemoArgs) -> Result {
     let folder = Folder::new(args.keep)?;
     let mut story = Story::new(context);
     let done = steps::run(context, args, &folder.path, &mut story);

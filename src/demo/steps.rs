@@ -6,8 +6,10 @@ use std::time::Duration;
 use tidemark_dedup::Compression;
 use tidemark_driver::DriverKind;
 use tidemark_engine::{CreateVm, Engine, NewDisk, QuiesceMode};
+use tidemark_exporter::{
+    BackupReport, BackupRequest, Exporter, Media, ReadMode, RestoreRequest, Target,
+};
 use tidemark_lab::{ACCESS_KEY, S3Service, SECRET_KEY};
-use tidemark_exporter::{BackupReport, BackupRequest, Exporter, Media, ReadMode, RestoreRequest, Target};
 
 use super::Story;
 use super::guest::Guest;
@@ -25,7 +27,7 @@ struct Known {
 }
 
 /// Runs all steps below `dir`; whatever happens, no process of the demo is left behind.
-pub fn run(context: &Context, args: &DemoArgs, dir: &Path, story: &mut Story<'_>) -> Result {
+pub(crate) fn run(context: &Context, args: &DemoArgs, dir: &Path, story: &mut Story<'_>) -> Result {
     let s3 = story.step("start an S3 service (SeaweedFS)", || {
         S3Service::start(&args.weed, dir).map_err(|e| Failure::new(Code::Failed, e.to_string()))
     })?;
@@ -40,8 +42,9 @@ pub fn run(context: &Context, args: &DemoArgs, dir: &Path, story: &mut Story<'_>
         let mut lost = vec![home.engine.data_dir().to_owned()];
         lost.push(dir.join("local"));
         for folder in lost {
-            std::fs::remove_dir_all(&folder)
-                .map_err(|e| Failure::new(Code::Failed, format!("remove {}: {e}", folder.display())))?;
+            std::fs::remove_dir_all(&folder).map_err(|e| {
+                Failure::new(Code::Failed, format!("remove {}: {e}", folder.display()))
+            })?;
         }
         Ok(())
     })?;
@@ -199,7 +202,8 @@ fn backup(context: &Context, exporter: &Exporter<'_>) -> Result<BackupReport> {
 /// The second backup must have read and stored the change and not the disk.
 fn only_the_change(full: &BackupReport, incremental: &BackupReport) -> Result {
     let read = |r: &BackupReport| r.targets.first().map_or(0, |t| t.read_bytes);
-    let tracked = incremental.disks.iter().all(|(_, mode)| matches!(mode, ReadMode::Incremental { .. }));
+    let tracked =
+        incremental.disks.iter().all(|(_, mode)| matches!(mode, ReadMode::Incremental { .. }));
     if !tracked || read(incremental) >= read(full) / 2 {
         return Err(Failure::new(
             Code::Failed,
@@ -226,7 +230,10 @@ fn recover(
     story.step("new host: add the off-site target", || {
         let (_, points) = exporter.add_target(offsite)?;
         if points < 2 {
-            return Err(Failure::new(Code::Failed, format!("{points} restore points found, 2 expected")));
+            return Err(Failure::new(
+                Code::Failed,
+                format!("{points} restore points found, 2 expected"),
+            ));
         }
         Ok(())
     })?;

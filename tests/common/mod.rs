@@ -2,8 +2,8 @@
 //! service. Everything ends and disappears when its value is dropped.
 #![allow(dead_code)] // each test program uses its part
 
-pub mod s3;
-pub mod vm;
+pub(crate) mod s3;
+pub(crate) mod vm;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -13,35 +13,35 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// The program under test.
-pub const TIDEMARK: &str = env!("CARGO_BIN_EXE_tidemark");
+pub(crate) const TIDEMARK: &str = env!("CARGO_BIN_EXE_tidemark");
 
 /// Passphrase of all test repositories.
-pub const PASSPHRASE: &str = "correct horse battery staple";
+pub(crate) const PASSPHRASE: &str = "correct horse battery staple";
 
 /// A host: a data directory and the command that works on it.
-pub struct Host {
+pub(crate) struct Host {
     dir: TempDir,
 }
 
 impl Host {
     /// An empty one. The folder is short, because sockets live in it.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let dir = tempfile::Builder::new().prefix("tm-").tempdir_in("/tmp").unwrap();
         Self { dir }
     }
 
     /// A folder for the test's own files.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.dir.path()
     }
 
     /// The data directory.
-    pub fn data_dir(&self) -> PathBuf {
+    pub(crate) fn data_dir(&self) -> PathBuf {
         self.dir.path().join("data")
     }
 
     /// A command line, ready to run.
-    pub fn command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
+    pub(crate) fn command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(TIDEMARK);
         command
             .env("TIDEMARK_DATA_DIR", self.data_dir())
@@ -54,12 +54,12 @@ impl Host {
     }
 
     /// Runs a command whatever comes of it.
-    pub fn run<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Output {
+    pub(crate) fn run<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Output {
         self.command(args).output().unwrap()
     }
 
     /// Runs a command that must succeed, with `--json`, and gives its document.
-    pub fn json<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Value {
+    pub(crate) fn json<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Value {
         let mut command = self.command(args);
         let output = command.arg("--json").output().unwrap();
         assert!(
@@ -69,12 +69,17 @@ impl Host {
             String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr)
         );
-        serde_json::from_slice(&output.stdout)
-            .unwrap_or_else(|e| panic!("{command:?}: {e}: {}", String::from_utf8_lossy(&output.stdout)))
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|e| {
+            panic!("{command:?}: {e}: {}", String::from_utf8_lossy(&output.stdout))
+        })
     }
 
     /// Runs a command that must fail with this exit code, and gives what it said.
-    pub fn fails<S: AsRef<OsStr>>(&self, code: i32, args: impl IntoIterator<Item = S>) -> String {
+    pub(crate) fn fails<S: AsRef<OsStr>>(
+        &self,
+        code: i32,
+        args: impl IntoIterator<Item = S>,
+    ) -> String {
         let mut command = self.command(args);
         let output = command.output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -83,7 +88,7 @@ impl Host {
     }
 
     /// Adds a local target in the host's folder.
-    pub fn add_local_target(&self, name: &str) -> PathBuf {
+    pub(crate) fn add_local_target(&self, name: &str) -> PathBuf {
         let folder = self.path().join(format!("target-{name}"));
         std::fs::create_dir_all(&folder).unwrap();
         self.json(["target", "add", name, folder.to_str().unwrap()]);
@@ -106,11 +111,12 @@ impl Drop for Host {
 }
 
 /// Runs a program that must succeed and gives its output.
-pub fn tool<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> String {
+pub(crate) fn tool<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -> String {
     let mut command = Command::new(program);
-    let output = command.args(args).stdin(Stdio::null()).output().unwrap_or_else(|e| {
-        panic!("{program}: {e}; `make setup` installs what the tests need")
-    });
+    let output =
+        command.args(args).stdin(Stdio::null()).output().unwrap_or_else(|e| {
+            panic!("{program}: {e}; `make setup` installs what the tests need")
+        });
     assert!(
         output.status.success(),
         "{command:?}: {}\n{}{}",
@@ -122,11 +128,11 @@ pub fn tool<S: AsRef<OsStr>>(program: &str, args: impl IntoIterator<Item = S>) -
 }
 
 /// A deterministic random generator (SplitMix64) for seeded tests.
-pub struct Random(pub u64);
+pub(crate) struct Random(pub u64);
 
 impl Random {
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -135,12 +141,12 @@ impl Random {
     }
 
     /// A number below `end`.
-    pub fn below(&mut self, end: u64) -> u64 {
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.next() % end
     }
 
     /// Incompressible bytes.
-    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
+    pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
         (0..len.div_ceil(8)).flat_map(|_| self.next().to_le_bytes()).take(len).collect()
     }
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::Host;
 
 /// The guest's files, made by `make guest`.
-pub fn guest_dir() -> PathBuf {
+pub(crate) fn guest_dir() -> PathBuf {
     let dir = std::env::var_os("TIDEMARK_GUEST_DIR")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/guest"), PathBuf::from);
     assert!(dir.join("debian.raw").exists(), "no guest in {}; run `make guest`", dir.display());
@@ -13,39 +13,52 @@ pub fn guest_dir() -> PathBuf {
 }
 
 /// A VM with the Debian guest.
-pub struct Vm<'a> {
+pub(crate) struct Vm<'a> {
     /// Its host.
-    pub host: &'a Host,
+    pub(crate) host: &'a Host,
     /// Its name.
-    pub name: String,
+    pub(crate) name: String,
 }
 
 impl<'a> Vm<'a> {
     /// Imports the guest.
-    pub fn create(host: &'a Host, name: &str) -> Self {
+    pub(crate) fn create(host: &'a Host, name: &str) -> Self {
         let guest = guest_dir();
         let file = |f: &str| guest.join(f).to_str().unwrap().to_owned();
         let cmdline = std::fs::read_to_string(guest.join("cmdline")).unwrap();
         host.json([
-            "vm", "create", name, "--import", &file("debian.raw"), "--kernel", &file("vmlinuz"),
-            "--initrd", &file("initrd.img"), "--cmdline", cmdline.trim(), "--cpus", "2", "--memory", "1G",
+            "vm",
+            "create",
+            name,
+            "--import",
+            &file("debian.raw"),
+            "--kernel",
+            &file("vmlinuz"),
+            "--initrd",
+            &file("initrd.img"),
+            "--cmdline",
+            cmdline.trim(),
+            "--cpus",
+            "2",
+            "--memory",
+            "1G",
         ]);
         Self { host, name: name.to_owned() }
     }
 
     /// A VM that exists already.
-    pub fn existing(host: &'a Host, name: &str) -> Self {
+    pub(crate) fn existing(host: &'a Host, name: &str) -> Self {
         Self { host, name: name.to_owned() }
     }
 
     /// Starts it and waits for the guest agent.
-    pub fn start(&self) -> &Self {
+    pub(crate) fn start(&self) -> &Self {
         self.host.json(["vm", "start", &self.name, "--wait", "240"]);
         self
     }
 
     /// Waits for the guest agent of a VM that was started already.
-    pub fn start_again(&self) -> &Self {
+    pub(crate) fn start_again(&self) -> &Self {
         let end = std::time::Instant::now() + std::time::Duration::from_secs(240);
         while !self.host.run(["vm", "exec", &self.name, "--", "/bin/true"]).status.success() {
             assert!(std::time::Instant::now() < end, "the guest agent does not answer");
@@ -54,19 +67,20 @@ impl<'a> Vm<'a> {
     }
 
     /// Stops it at once, as a power cut would.
-    pub fn cut_power(&self) {
+    pub(crate) fn cut_power(&self) {
         self.host.json(["vm", "stop", &self.name, "--force"]);
     }
 
     /// Runs a shell script in the guest; it must succeed.
-    pub fn sh(&self, script: &str) -> String {
-        let done = self.host.json(["vm", "exec", &self.name, "--json", "--", "/bin/sh", "-c", script]);
+    pub(crate) fn sh(&self, script: &str) -> String {
+        let done =
+            self.host.json(["vm", "exec", &self.name, "--json", "--", "/bin/sh", "-c", script]);
         assert_eq!(done["exit_code"], 0, "in the guest: {script}: {done}");
         done["stdout"].as_str().unwrap().trim().to_owned()
     }
 
     /// The leaf files of its disks, in its folder.
-    pub fn disk_files(&self) -> Vec<String> {
+    pub(crate) fn disk_files(&self) -> Vec<String> {
         let mut names: Vec<_> = std::fs::read_dir(self.folder().join("disks"))
             .unwrap()
             .map(|e| e.unwrap().file_name().into_string().unwrap())
@@ -77,7 +91,7 @@ impl<'a> Vm<'a> {
     }
 
     /// Its folder.
-    pub fn folder(&self) -> PathBuf {
+    pub(crate) fn folder(&self) -> PathBuf {
         self.host.data_dir().join("vms").join(&self.name)
     }
 }

@@ -27,7 +27,6 @@ fn value(args: &mut impl Iterator<Item = String>, name: &str) -> Result<String, 
 }
 
 fn disk_server(mut args: impl Iterator<Item = String>) -> Result<(), String> {
-    tidemark_engine::detach();
     let mut config = OwnerConfig {
         disks: Vec::new(),
         nbd_socket: PathBuf::new(),

@@ -12,7 +12,6 @@ use crate::engine::{Engine, EngineOptions, Place};
 use crate::error::{EngineError, Result};
 use crate::lock::FileLock;
 use crate::process::{ProcessId, wait_readable};
-use crate::spawn::detach;
 use crate::{machine, owner, store};
 
 /// How often the guard looks even if nothing has told it to.
@@ -28,7 +27,6 @@ const THAW: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Runs the guard of a running VM until the VM ends. Returns at once if the VM is not running or has
 /// a guard already.
 pub fn run(data_dir: &Path, vm: &str, options: EngineOptions) -> Result<()> {
-    detach();
     let engine = Engine::at(data_dir, options)?;
     let (folder, config) = engine.load(vm)?;
     let place = engine.place(folder, &config);

@@ -3,7 +3,7 @@ use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-const CANCEL: AtomicBool = AtomicBool::new(false);
+static CANCEL: AtomicBool = AtomicBool::new(false);
 
 fn steps(n: u64) -> impl Iterator<Item = Result<Step>> + Send {
     (0..n).map(|i| {
@@ -19,7 +19,6 @@ fn stamp(offset: u64, buf: &mut [u8]) -> Result<()> {
 
 #[test]
 fn pieces_arrive_in_order_with_their_content() {
-    let cancel = CANCEL;
     let mut next = 0;
     let slow_first = |offset: u64, buf: &mut [u8]| {
         if offset.is_multiple_of(4 * PIECE) {
@@ -27,7 +26,7 @@ fn pieces_arrive_in_order_with_their_content() {
         }
         stamp(offset, buf)
     };
-    run(steps(100), 4, &slow_first, &cancel, |piece| {
+    run(steps(100), 4, &slow_first, &CANCEL, |piece| {
         match piece {
             Piece::Data { offset, data } => {
                 assert_eq!(offset, next);
@@ -47,14 +46,13 @@ fn pieces_arrive_in_order_with_their_content() {
 
 #[test]
 fn a_slow_consumer_bounds_what_is_read_ahead() {
-    let cancel = CANCEL;
     let read = AtomicU64::new(0);
     let count = |offset: u64, buf: &mut [u8]| {
         read.fetch_add(1, Ordering::Relaxed);
         stamp(offset, buf)
     };
     let mut taken = 0;
-    run(steps(200), 4, &count, &cancel, |_| {
+    run(steps(200), 4, &count, &CANCEL, |_| {
         taken += 1;
         if taken % 10 == 0 {
             std::thread::sleep(Duration::from_millis(3));
@@ -68,9 +66,8 @@ fn a_slow_consumer_bounds_what_is_read_ahead() {
 
 #[test]
 fn kept_pieces_are_not_overwritten_by_buffer_reuse() {
-    let cancel = CANCEL;
     let kept = Mutex::new(Vec::new());
-    run(steps(64), 3, &stamp, &cancel, |piece| {
+    run(steps(64), 3, &stamp, &CANCEL, |piece| {
         if let Piece::Data { offset, data } = piece
             && offset.is_multiple_of(2 * PIECE)
         {
@@ -86,28 +83,24 @@ fn kept_pieces_are_not_overwritten_by_buffer_reuse() {
 
 #[test]
 fn errors_of_plan_reader_and_consumer_end_the_run() {
-    let cancel = CANCEL;
     let fail = || ExportError::Invalid("planned".to_owned());
-    let endless = || {
-        (0..).map(|i: u64| Ok(Step::Read(i * PIECE..(i + 1) * PIECE)))
-            as std::iter::Map<std::ops::RangeFrom<u64>, fn(u64) -> Result<Step>>
-    };
+    let endless = || (0..).map(|i: u64| Ok(Step::Read(i * PIECE..(i + 1) * PIECE)));
     let bad_read = |offset: u64, buf: &mut [u8]| {
         if offset == 5 * PIECE { Err(fail()) } else { stamp(offset, buf) }
     };
     let mut seen = 0;
-    let error = run(endless(), 4, &bad_read, &cancel, |_| {
+    let error = run(endless(), 4, &bad_read, &CANCEL, |_| {
         seen += 1;
         Ok(())
     });
     assert_eq!(error.unwrap_err().to_string(), "planned");
     assert_eq!(seen, 5, "what came before the damage was handed over, nothing after it");
 
-    let error = run(endless(), 4, &stamp, &cancel, |_| Err(fail()));
+    let error = run(endless(), 4, &stamp, &CANCEL, |_| Err(fail()));
     assert_eq!(error.unwrap_err().to_string(), "planned");
 
     let plan = steps(2).chain(std::iter::once(Err(fail())));
-    assert_eq!(run(plan, 4, &stamp, &cancel, |_| Ok(())).unwrap_err().to_string(), "planned");
+    assert_eq!(run(plan, 4, &stamp, &CANCEL, |_| Ok(())).unwrap_err().to_string(), "planned");
 }
 
 #[test]
@@ -128,6 +121,5 @@ fn cancellation_ends_a_run_that_has_no_end() {
 
 #[test]
 fn an_empty_plan_is_done_at_once() {
-    let cancel = CANCEL;
-    run(steps(0), 2, &stamp, &cancel, |_| panic!("nothing was planned")).unwrap();
+    run(steps(0), 2, &stamp, &CANCEL, |_| panic!("nothing was planned")).unwrap();
 }

@@ -1,5 +1,5 @@
 //! A data directory with targets and offline VMs, and a model of what their disks must hold.
-#![allow(dead_code, unreachable_pub)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;
@@ -100,7 +100,7 @@ impl Lab {
     }
 
     /// Changes an offline VM's disk, with tracking, and its model alike.
-    pub fn change(&self, vm: &str, disk: &str, model: &mut Vec<u8>, changes: &[Change]) {
+    pub fn change(&self, vm: &str, disk: &str, model: &mut [u8], changes: &[Change]) {
         let session = self.engine.session(vm).unwrap();
         let chain = session.open_disk(disk, Access::ReadWrite).unwrap();
         for change in changes {

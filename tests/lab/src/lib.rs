@@ -55,8 +55,17 @@ impl S3Service {
         std::fs::create_dir_all(&data)?;
         let log = File::create(dir.join("s3.log"))?;
         let names = [
-            "s3.port", "s3.port.grpc", "s3.port.iceberg", "s3.port.lance", "master.port", "master.port.grpc",
-            "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc", "admin.port",
+            "s3.port",
+            "s3.port.grpc",
+            "s3.port.iceberg",
+            "s3.port.lance",
+            "master.port",
+            "master.port.grpc",
+            "volume.port",
+            "volume.port.grpc",
+            "filer.port",
+            "filer.port.grpc",
+            "admin.port",
             "admin.port.grpc",
         ];
         let ports = free_ports(names.len())?;

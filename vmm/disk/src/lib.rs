@@ -7,9 +7,11 @@
 
 pub mod block;
 pub mod chain;
+pub mod convert;
 pub mod error;
 pub mod nbd;
 pub mod owner;
+pub mod raw;
 pub mod rct;
 pub mod vhdx;
 

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 pub mod agent;
+mod channel;
 pub mod probe;
 pub mod qemu;
 
@@ -37,7 +38,9 @@ pub enum DriverError {
         message: String,
     },
     /// The guest agent did not answer in time: not installed, not running, or the guest is busy.
-    #[error("the guest agent did not answer {command} within {seconds} s; is qemu-guest-agent running in the guest?")]
+    #[error(
+        "the guest agent did not answer {command} within {seconds} s; is qemu-guest-agent running in the guest?"
+    )]
     AgentTimeout {
         /// The command.
         command: String,
@@ -52,9 +55,25 @@ pub enum DriverError {
         /// The error's text.
         message: String,
     },
+    /// The guest agent does not know the command, or its configuration forbids it.
+    #[error("the guest agent does not offer {command}: {message}")]
+    AgentUnsupported {
+        /// The command.
+        command: String,
+        /// The error's text.
+        message: String,
+    },
     /// The machine is gone.
     #[error("the virtual machine is not running")]
     NotRunning,
+}
+
+impl DriverError {
+    /// An error of the system on a path.
+    pub(crate) fn io(op: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self + use<> {
+        let what = path.display().to_string();
+        move |source| Self::Io { op, what, source }
+    }
 }
 
 /// Result of a driver operation.
@@ -163,7 +182,9 @@ pub fn launch(kind: DriverKind, spec: &MachineSpec) -> Result<Box<dyn Machine>> 
 /// Attaches to the machine launched with this run directory; `None` if none is running.
 pub fn attach(kind: DriverKind, run_dir: &Path) -> Result<Option<Box<dyn Machine>>> {
     match kind {
-        DriverKind::Qemu => Ok(qemu::Qemu::attach(run_dir)?.map(|m| Box::new(m) as Box<dyn Machine>)),
+        DriverKind::Qemu => {
+            Ok(qemu::Qemu::attach(run_dir)?.map(|m| Box::new(m) as Box<dyn Machine>))
+        }
         DriverKind::Kvm => Ok(None),
     }
 }

@@ -50,23 +50,58 @@ impl Bench {
 
         let full = self.tidemark(&["backup", "run", "v"])?;
         let stored = folder_bytes(&target)?;
-        let plain = measure(Command::new("zstd").args(["-q", "-1", "-T0", "-f", text(&image), "-o", text(&packed)]))?;
+        let plain = measure(Command::new("zstd").args([
+            "-q",
+            "-1",
+            "-T0",
+            "-f",
+            text(&image),
+            "-o",
+            text(&packed),
+        ]))?;
         let plain_stored = std::fs::metadata(&packed)?.len();
         self.overwrite(std::fs::metadata(&image)?.len())?;
         let incremental = self.tidemark(&["backup", "run", "v"])?;
         let idle = self.tidemark(&["backup", "run", "v"])?;
-        let restore =
-            self.tidemark(&["restore", "disk", "latest:v", "disk0", "--format", "raw", "--out", text(&raw)])?;
-        let unpack = measure(
-            Command::new("zstd").args(["-q", "-d", "--sparse", "-f", text(&packed), "-o", text(&self.dir.join("warm"))]),
-        )?;
+        let restore = self.tidemark(&[
+            "restore",
+            "disk",
+            "latest:v",
+            "disk0",
+            "--format",
+            "raw",
+            "--out",
+            text(&raw),
+        ])?;
+        let unpack = measure(Command::new("zstd").args([
+            "-q",
+            "-d",
+            "--sparse",
+            "-f",
+            text(&packed),
+            "-o",
+            text(&self.dir.join("warm")),
+        ]))?;
 
-        println!("{:<28} {:>9} {:>9} {:>7} {:>9}", "STEP", "TIDEMARK", "ZSTD -1", "RATIO", "PEAK MiB");
+        println!(
+            "{:<28} {:>9} {:>9} {:>7} {:>9}",
+            "STEP", "TIDEMARK", "ZSTD -1", "RATIO", "PEAK MiB"
+        );
         row("full backup, s", full.seconds, plain.seconds, full.peak_mib);
         row("stored, MiB", mib(stored), mib(plain_stored), f64::NAN);
-        row("incremental (1,440 × 4 K), s", incremental.seconds, plain.seconds, incremental.peak_mib);
+        row(
+            "incremental (1,440 × 4 K), s",
+            incremental.seconds,
+            plain.seconds,
+            incremental.peak_mib,
+        );
         row("incremental, idle disk, s", idle.seconds, plain.seconds, idle.peak_mib);
-        row("stored by both, MiB", mib(folder_bytes(&target)? - stored), mib(plain_stored), f64::NAN);
+        row(
+            "stored by both, MiB",
+            mib(folder_bytes(&target)? - stored),
+            mib(plain_stored),
+            f64::NAN,
+        );
         row("restore to raw, s", restore.seconds, unpack.seconds, restore.peak_mib);
         Ok(())
     }
@@ -88,8 +123,10 @@ impl Bench {
     /// Overwrites scattered pages of the offline VM's disk, through NBD, tracked.
     fn overwrite(&self, size: u64) -> Result {
         let socket = self.dir.join("d.sock");
-        let mut server =
-            self.command(&["disk", "serve", "v", "disk0", "--socket", text(&socket)]).stdout(Stdio::null()).spawn()?;
+        let mut server = self
+            .command(&["disk", "serve", "v", "disk0", "--socket", text(&socket)])
+            .stdout(Stdio::null())
+            .spawn()?;
         let end = Instant::now() + Duration::from_secs(20);
         while std::os::unix::net::UnixStream::connect(&socket).is_err() {
             if Instant::now() > end {
@@ -127,13 +164,15 @@ fn text(path: &Path) -> &str {
 /// Runs a command to its end; it must succeed. Its largest resident size is read while it runs.
 fn measure(command: &mut Command) -> Result<Cost> {
     let start = Instant::now();
-    let mut child = command.stdout(Stdio::null()).spawn().map_err(|e| format!("{command:?}: {e}"))?;
+    let mut child =
+        command.stdout(Stdio::null()).spawn().map_err(|e| format!("{command:?}: {e}"))?;
     let mut peak: f64 = 0.0;
     let status = loop {
         if let Some(status) = child.try_wait()? {
             break status;
         }
-        let text = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+        let text =
+            std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
         let mark = text.lines().find_map(|l| l.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB"));
         peak = peak.max(mark.and_then(|m| m.trim().parse().ok()).unwrap_or(0.0));
         std::thread::sleep(Duration::from_millis(2));

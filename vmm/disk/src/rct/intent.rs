@@ -200,16 +200,17 @@ impl WriteIntent {
 
     /// Begins a flush window: returns the regions whose bits may go once the map is durable.
     pub(super) fn begin_window(&self) -> Vec<u64> {
+        let busy = self.busy();
         let mut idle = Vec::new();
         for (region, word) in (0..).zip(&self.words) {
             let aged = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, |w| match w {
                 w if w & DURABLE == 0 => None,
-                w if w & (TOUCHED | IN_FLIGHT) != 0 => Some(w & !(TOUCHED | IDLE)),
+                w if w & busy != 0 => Some(w & !(TOUCHED | IDLE)),
                 w if w & IDLE >= IDLE_WINDOWS * IDLE_UNIT => None,
                 w => Some(w + IDLE_UNIT),
             });
             let (Ok(before) | Err(before)) = aged;
-            let quiet = before & (TOUCHED | IN_FLIGHT) == 0;
+            let quiet = before & busy == 0;
             if before & DURABLE != 0 && quiet && before & IDLE >= (IDLE_WINDOWS - 1) * IDLE_UNIT {
                 idle.push(region);
             }
@@ -238,9 +239,14 @@ impl WriteIntent {
         result.map_err(|failure| failure.error(&self.file))
     }
 
+    /// What keeps a region's bit: rule `InFlightKeepsBit`.
+    fn busy(&self) -> u32 {
+        if self.rules.obey(Rule::InFlightKeepsBit) { TOUCHED | IN_FLIGHT } else { 0 }
+    }
+
     /// Makes a region's bit count as not durable, unless a write has entered since the window began.
     fn take_bit(&self, region: u64) -> bool {
-        let busy = if self.rules.obey(Rule::InFlightKeepsBit) { TOUCHED | IN_FLIGHT } else { 0 };
+        let busy = self.busy();
         let after = |w: u32| {
             if self.rules.obey(Rule::ClearedBitIsGone) { w & !(DURABLE | IDLE) } else { w }
         };

@@ -81,10 +81,34 @@ impl EpochMap {
                     changed = true;
                 }
             }
-            // After the marks: a flush that takes the flag sees them.
-            if changed && !page.dirty.swap(true, Ordering::AcqRel) {
-                self.dirty.lock().push(number);
+            if changed {
+                self.note_dirty(page, number);
             }
+        }
+    }
+
+    /// Marks granules whose regions' bits are about to be cleared by recovery. Every page is written
+    /// again, also where the marks seem to stand: a process killed between writing pages and their
+    /// sync leaves them in the page cache, from where they are read but may never reach the disk.
+    pub(super) fn mark_anew(&self, granules: Range<u64>, epoch: u32) {
+        self.mark(granules.clone(), epoch);
+        for (number, _) in by_page(granules) {
+            self.note_dirty(self.page(number, epoch), number);
+        }
+    }
+
+    /// Puts a page on the list of the next flush; call it after the marks were set.
+    fn note_dirty(&self, page: &Page, number: u64) {
+        // A read-modify-write: it comes either before the flush that takes the flag, which then sees
+        // the marks, or after it and finds the flag down.
+        if page.dirty.fetch_or(false, Ordering::AcqRel) {
+            return;
+        }
+        // Flag and list change together: were the flag up before the page is on the list, another
+        // write could rely on it, end, and lose its region's bit to a flush that missed the page.
+        let mut list = self.dirty.lock();
+        if !page.dirty.swap(true, Ordering::AcqRel) {
+            list.push(number);
         }
     }
 
@@ -127,12 +151,13 @@ impl EpochMap {
         numbers.dedup();
         let result = self.write_pages(&numbers).and_then(|()| self.sync(before));
         if result.is_err() {
+            let mut list = self.dirty.lock();
             for &number in &numbers {
                 if let Some(page) = self.pages[number as usize].get() {
                     page.dirty.store(true, Ordering::Release);
                 }
             }
-            self.dirty.lock().append(&mut numbers);
+            list.append(&mut numbers);
         }
         result
     }

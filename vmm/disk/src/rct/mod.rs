@@ -114,3 +114,6 @@ pub fn pair_paths(disk: &Path) -> (PathBuf, PathBuf) {
     };
     (with(".rct"), with(".mrt"))
 }
+
+#[cfg(test)]
+mod tests;

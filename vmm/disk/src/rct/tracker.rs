@@ -31,7 +31,7 @@ pub struct Tracker {
     lineage: Uuid,
     layout: Layout,
     rct: Arc<Handle>,
-    map: EpochMap,
+    pub(super) map: EpochMap,
     intent: WriteIntent,
     header: Mutex<Slots<RctHeader>>,
     /// The header's epoch, for the hot path.
@@ -154,6 +154,10 @@ impl Tracker {
         let unclean = pair.unclean();
         let Pair { rct, mrt, header, mut mrt_header, layout, .. } = pair;
         let tracking = header.record.tracking;
+        // A killed process leaves in the page cache what it had not synced. It was read just now, and
+        // must not go missing in a power cut after this session has built on it.
+        rct.sync()?;
+        mrt.sync()?;
         let tracker = Self::new(layout, header, rct, Arc::clone(&mrt), WRITABLE, rules);
         if unclean {
             tracker.mark_regions(regions.iter().copied());
@@ -191,8 +195,13 @@ impl Tracker {
     fn mark_regions(&self, regions: impl Iterator<Item = u64>) {
         let epoch = self.epoch();
         for region in regions {
-            self.map.mark(self.layout.region_granules(region), epoch);
+            self.map.mark_anew(self.layout.region_granules(region), epoch);
         }
+    }
+
+    /// Virtual size of the disk, in bytes.
+    pub fn size(&self) -> u64 {
+        self.layout.size()
     }
 
     /// The current epoch.

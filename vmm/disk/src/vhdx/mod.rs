@@ -12,7 +12,7 @@ mod locator;
 mod log;
 mod metadata;
 mod open;
-mod storage;
+pub(crate) mod storage;
 #[cfg(test)]
 mod tests;
 

@@ -2,10 +2,10 @@
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{FallocateFlags, OFlags, fallocate};
 
 use super::Access;
 use crate::error::{DiskError, Result};
@@ -77,7 +77,8 @@ impl Storage for File {
     }
 }
 
-fn unsupported(e: rustix::io::Errno) -> bool {
+/// Whether a file system or device does not know an operation, so that a slower way must do.
+pub(crate) fn unsupported(e: rustix::io::Errno) -> bool {
     matches!(e, rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS | rustix::io::Errno::INVAL)
 }
 
@@ -97,17 +98,29 @@ pub(crate) fn write_zeros(storage: &dyn Storage, offset: u64, len: u64) -> io::R
 /// Opens a file under its lock. The lock belongs to this open file, not to the process, and goes with
 /// it however the process ends.
 pub(crate) fn open(path: &Path, access: Access) -> Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .write(access == Access::ReadWrite)
-        .open(path)
-        .map_err(|e| DiskError::io("open", path, e))?;
+    let file = open_any(path, access, 0)?;
     let kind = file.metadata().map_err(|e| DiskError::io("examine", path, e))?.file_type();
     if !kind.is_file() {
         return Err(DiskError::corrupt(path, "not a regular file"));
     }
-    match Storage::lock(&file, access) {
-        Ok(true) => Ok(file),
+    lock(path, &file, access)?;
+    Ok(file)
+}
+
+/// Opens whatever lies at `path`; a pipe does not block.
+pub(crate) fn open_any(path: &Path, access: Access, flags: u32) -> Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .write(access == Access::ReadWrite)
+        .custom_flags((OFlags::NONBLOCK.bits() | flags) as i32)
+        .open(path)
+        .map_err(|e| DiskError::io("open", path, e))
+}
+
+/// Takes the lock that `access` needs.
+pub(crate) fn lock(path: &Path, file: &File, access: Access) -> Result<()> {
+    match Storage::lock(file, access) {
+        Ok(true) => Ok(()),
         Ok(false) => Err(DiskError::Busy { path: path.to_owned() }),
         Err(e) => Err(DiskError::io("lock", path, e)),
     }
