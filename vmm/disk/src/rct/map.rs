@@ -87,13 +87,14 @@ impl EpochMap {
         }
     }
 
-    /// Marks granules whose regions' bits are about to be cleared by recovery. Every page is written
-    /// again, also where the marks seem to stand: a process killed between writing pages and their
-    /// sync leaves them in the page cache, from where they are read but may never reach the disk.
+    /// Marks granules whose regions' bits are about to be cleared by recovery: rule
+    /// `RewriteWhatWasFound`.
     pub(super) fn mark_anew(&self, granules: Range<u64>, epoch: u32) {
         self.mark(granules.clone(), epoch);
-        for (number, _) in by_page(granules) {
-            self.note_dirty(self.page(number, epoch), number);
+        if self.rules.obey(Rule::RewriteWhatWasFound) {
+            for (number, _) in by_page(granules) {
+                self.note_dirty(self.page(number, epoch), number);
+            }
         }
     }
 

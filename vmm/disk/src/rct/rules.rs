@@ -36,6 +36,12 @@ pub(super) enum Rule {
     PagesBeforeClean,
     /// Recovery makes the regions' marks durable before it clears the bitmap; it may be killed too.
     RecoveryBeforeClear,
+    /// What an open reads is synced before it is built upon: a killed process leaves writes in the page
+    /// cache that were read, and can still go missing in a power cut.
+    SyncWhatWasFound,
+    /// Recovery writes every page of a set region again, also where the marks seem to stand: after a
+    /// failed sync the page cache shows them, calls them clean, and no later sync writes them.
+    RewriteWhatWasFound,
 }
 
 /// Which rules are obeyed: all, but for one that a test has switched off.

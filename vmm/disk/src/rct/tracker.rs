@@ -36,8 +36,8 @@ pub struct Tracker {
     header: Mutex<Slots<RctHeader>>,
     /// The header's epoch, for the hot path.
     epoch: AtomicU32,
-    /// The epoch at open.
-    found_epoch: u32,
+    /// The first epoch behind the ids found at open.
+    merge_floor: u32,
     /// A write was let through since `next` was announced: the disk carries it.
     written: AtomicBool,
     mode: AtomicU8,
@@ -126,6 +126,7 @@ impl Tracker {
         let RctHeader { lineage, tracking, epoch, base, sequence, .. } = header.record;
         let regions = if mode == WRITABLE { layout.regions() } else { 0 };
         let lsn = sequence << 32;
+        let merge_floor = header.record.ids.iter().map(|id| id.epoch + 1).max().unwrap_or(0);
         Self {
             lineage,
             layout,
@@ -134,7 +135,7 @@ impl Tracker {
             intent: WriteIntent::new(mrt, tracking, regions, rules),
             header: Mutex::new(header),
             epoch: AtomicU32::new(epoch),
-            found_epoch: epoch,
+            merge_floor,
             written: AtomicBool::new(false),
             mode: AtomicU8::new(mode),
             flushing: Mutex::default(),
@@ -154,10 +155,10 @@ impl Tracker {
         let unclean = pair.unclean();
         let Pair { rct, mrt, header, mut mrt_header, layout, .. } = pair;
         let tracking = header.record.tracking;
-        // A killed process leaves in the page cache what it had not synced. It was read just now, and
-        // must not go missing in a power cut after this session has built on it.
-        rct.sync()?;
-        mrt.sync()?;
+        if rules.obey(Rule::SyncWhatWasFound) {
+            rct.sync()?;
+            mrt.sync()?;
+        }
         let tracker = Self::new(layout, header, rct, Arc::clone(&mrt), WRITABLE, rules);
         if unclean {
             tracker.mark_regions(regions.iter().copied());
@@ -220,11 +221,15 @@ impl Tracker {
     }
 
     /// Merge only: like `before_write`, but marks with `epoch`, the child's mark, where that is later
-    /// than what stands. The current epoch follows where it is behind.
+    /// than what stands; 0 marks nothing and only keeps the regions' bits. The current epoch follows
+    /// where it is behind.
     pub fn before_merge_write(&self, offset: u64, len: u64, epoch: u32) -> Result<WriteGuard<'_>> {
-        // A child starts behind its parent's epoch. An earlier mark comes from tracking that was lost
-        // and made anew, and would hide the change from the ids that this pair held at open.
-        let epoch = epoch.max(self.found_epoch);
+        if epoch == 0 {
+            return self.enter(offset, len);
+        }
+        // A child starts behind its parent's ids. An earlier mark comes from tracking that was lost and
+        // made anew, and would hide the change from them.
+        let epoch = epoch.max(self.merge_floor);
         // Else a crash would mark the region with an epoch before that of the merged ids.
         if epoch > self.epoch() {
             self.raise_epoch(epoch)?;

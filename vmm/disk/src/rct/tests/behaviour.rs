@@ -297,11 +297,14 @@ fn a_merge_from_a_child_whose_tracking_was_lost_hides_nothing() {
         tracker.seal().unwrap();
     }
     let id = tracker.seal().unwrap();
-    tracker.before_merge_write(0, GRANULE, 1).unwrap();
     tracker.close_clean().unwrap();
     let into = parent.kept();
     into.before_merge_write(GRANULE, GRANULE, 1).unwrap();
-    assert!(changed(&into, &id).contains(&1));
+    // Epoch 0 protects the region and marks nothing.
+    into.before_merge_write(9 * GRANULE, GRANULE, 0).unwrap();
+    assert_eq!(changed(&into, &id), [1]);
+    drop(into);
+    assert_eq!(changed(&parent.kept(), &id), (0..256).collect::<Vec<_>>());
 }
 
 #[test]

@@ -72,7 +72,7 @@ impl Model {
                 self.mark(offset, len, self.epoch);
             }
             Step::MergeWrite { offset, len, ahead } => {
-                let epoch = self.epoch + ahead;
+                let epoch = self.epoch + ahead; // At or behind every id, as a child's marks are.
                 tracker.before_merge_write(offset, len, epoch).unwrap();
                 self.epoch = epoch;
                 self.mark(offset, len, epoch);
