@@ -1,6 +1,7 @@
 //! One file against a plain model, against other programs, and against crashes.
 
 mod model;
+mod oracles;
 
 use std::path::{Path, PathBuf};
 
