@@ -14,6 +14,10 @@ use crate::store;
 
 /// Longest wait for an agent that ought to answer at once.
 const ANSWER: Duration = Duration::from_secs(5);
+/// How long, after a program's own time, the agent may take to say how it went.
+const GRACE: Duration = Duration::from_secs(10);
+/// A program that takes longer than this is looked at now and then only.
+const LONG: Duration = Duration::from_millis(250);
 
 /// The agent's channel, for us alone.
 pub(crate) struct Channel {
@@ -30,12 +34,6 @@ impl Channel {
         let left = end.saturating_duration_since(Instant::now());
         let agent = Agent::connect(&run.agent_socket(), left)?;
         Ok(Self { agent, _lock: lock })
-    }
-
-    /// Synchronises anew after an error, keeping the lock.
-    pub(crate) fn reconnect(&mut self, run: &RunDir) -> Result<()> {
-        self.agent = Agent::connect(&run.agent_socket(), ANSWER)?;
-        Ok(())
     }
 }
 
@@ -69,17 +67,45 @@ pub(crate) fn wait(run: &RunDir, timeout: Duration, alive: &dyn Fn() -> bool) ->
     }
 }
 
-/// Runs a program in the guest and waits for its end.
+/// Runs a program in the guest and waits for its end. The channel is given up between the looks at
+/// a program that takes long, so that a freeze gets its turn.
 pub(crate) fn exec(
     run: &RunDir,
     program: &str,
     args: &[String],
     stdin: Option<&[u8]>,
     timeout: Duration,
-    _alive: &dyn Fn() -> bool,
+    alive: &dyn Fn() -> bool,
 ) -> Result<ExecResult> {
+    let end = Instant::now() + timeout;
+    let left = || end.saturating_duration_since(Instant::now());
     let mut channel = Channel::open(run, timeout)?;
-    Ok(channel.agent.exec(program, args, stdin, timeout)?)
+    let pid = channel.agent.exec_start(program, args, stdin, left() + GRACE)?;
+    let mut pause = Duration::from_millis(5);
+    loop {
+        // Short programs end within one turn at the channel.
+        while pause < LONG {
+            if let Some(result) = channel.agent.exec_poll(pid, left() + GRACE)? {
+                return Ok(result);
+            }
+            std::thread::sleep(pause);
+            pause *= 2;
+        }
+        drop(channel);
+        if !alive() {
+            return Err(DriverError::NotRunning.into());
+        }
+        if left().is_zero() {
+            return Err(DriverError::Agent {
+                command: format!("guest-exec {program}"),
+                message: format!("still running after {} s", timeout.as_secs()),
+            }
+            .into());
+        }
+        std::thread::sleep(LONG.min(left()));
+        channel = Channel::open(run, left() + GRACE)?;
+        pause = LONG / 2;
+    }
 }
 
 /// Notes that a freeze may be in force, before it is.
@@ -98,16 +124,13 @@ pub(crate) fn thaw(
 ) -> Option<u64> {
     let end = Instant::now() + timeout;
     let mut channel = channel;
-    let mut thawed = 0;
     let mut pause = Duration::from_millis(50);
     loop {
-        match thaw_once(run, &mut channel) {
-            Ok(count) => {
-                thawed += count.0;
-                if !count.1 {
-                    let _ = store::remove_file(&run.frozen_marker());
-                    return Some(thawed);
-                }
+        // The lock is given up between attempts: if we are killed or stuck, another gets its chance.
+        match thaw_once(run, channel.take()) {
+            Ok(thawed) => {
+                let _ = store::remove_file(&run.frozen_marker());
+                return Some(thawed);
             }
             Err(error) => tracing::warn!(%error, "the guest is not thawed yet; trying again"),
         }
@@ -123,30 +146,18 @@ pub(crate) fn thaw(
     }
 }
 
-/// One attempt: how many file systems it thawed, and whether any is still frozen.
-fn thaw_once(run: &RunDir, channel: &mut Option<Channel>) -> Result<(u64, bool)> {
-    let attempt = |channel: &mut Channel| -> Result<(u64, bool)> {
-        let count = channel.agent.thaw(ANSWER)?;
-        Ok((count, channel.agent.is_frozen()?))
+/// One attempt: how many file systems it thawed; an error if one may still be frozen.
+fn thaw_once(run: &RunDir, channel: Option<Channel>) -> Result<u64> {
+    let mut channel = match channel {
+        Some(channel) => channel,
+        None => Channel::open(run, ANSWER)?,
     };
-    let result = match channel {
-        Some(open) => attempt(open),
-        None => {
-            let mut open = Channel::open(run, ANSWER)?;
-            let result = attempt(&mut open);
-            *channel = Some(open);
-            result
-        }
-    };
-    if result.is_err() {
-        // The connection may hold half an answer. A new one begins with a synchronisation; without
-        // one, give the channel up, so that another process gets its chance.
-        let again = channel.as_mut().map(|open| open.reconnect(run));
-        if !matches!(again, Some(Ok(()))) {
-            *channel = None;
-        }
+    match channel.agent.thaw(ANSWER) {
+        Ok(count) => Ok(count),
+        // What cannot be thawed cannot have been frozen.
+        Err(DriverError::AgentUnsupported { .. }) => Ok(0),
+        Err(error) => Err(error.into()),
     }
-    result
 }
 
 /// Thaws if a freeze may have been left behind, by a guard that was killed: harmless where none was.

@@ -14,18 +14,24 @@ pub(crate) fn attach(place: &Place) -> Result<Option<Box<dyn Machine>>> {
     Ok(tidemark_driver::attach(place.driver, place.run.path())?)
 }
 
-/// Its process.
+/// Its process; known whatever the machine is doing, also while its disks stand still.
 pub(crate) fn process(place: &Place) -> Result<Option<ProcessId>> {
-    Ok(attach(place)?.and_then(|m| ProcessId::of(m.pid())))
+    if !place.run.is_ours() {
+        return Ok(None);
+    }
+    let pid = tidemark_driver::process_id(place.driver, place.run.path())?;
+    Ok(pid.and_then(ProcessId::of))
 }
 
 /// What it is doing.
 pub(crate) fn state(place: &Place) -> Result<MachineState> {
-    let Some(mut machine) = attach(place)? else { return Ok(MachineState::Stopped) };
-    match machine.state() {
-        Ok(state) => Ok(state),
-        // Another command may have its monitor's attention just now.
-        Err(_) if ProcessId::of(machine.pid()).is_some() => Ok(MachineState::Running),
+    if process(place)?.is_none() {
+        return Ok(MachineState::Stopped);
+    }
+    match attach(place).and_then(|m| m.map(|mut m| Ok(m.state()?)).transpose()) {
+        Ok(state) => Ok(state.unwrap_or(MachineState::Stopped)),
+        // Its monitor does not answer just now: another command may have its attention.
+        Err(_) if process(place)?.is_some() => Ok(MachineState::Running),
         Err(_) => Ok(MachineState::Stopped),
     }
 }

@@ -16,7 +16,7 @@ const ANSWER: Duration = Duration::from_secs(5);
 /// Longest wait for a new guard to be there.
 const START: Duration = Duration::from_secs(15);
 /// Beyond the freeze's own deadline: for the agent's connection before, and the thaw after.
-const GRACE: Duration = Duration::from_secs(10);
+const GRACE: Duration = Duration::from_secs(30);
 /// Longest wait for a thaw. The guard goes on trying after it.
 const THAW: Duration = Duration::from_secs(30);
 

@@ -142,24 +142,11 @@ impl Agent {
     ) -> Result<ExecResult> {
         let deadline = Deadline::after(timeout);
         // The program has until `deadline`, the agent a little longer to say how it went.
-        let answer_by = Deadline { at: deadline.at + EXEC_GRACE, timeout: timeout + EXEC_GRACE };
-        let start = guest_exec {
-            path: program.to_owned(),
-            arg: Some(args.to_vec()),
-            env: None,
-            input_data: stdin.map(<[u8]>::to_vec),
-            capture_output: Some(GuestExecCaptureOutput::flag(true)),
-        };
-        let pid = self.call_until(start, &answer_by, LINE_LIMIT)?.pid;
+        let pid = self.exec_start(program, args, stdin, timeout + EXEC_GRACE)?;
         let mut pause = Duration::from_millis(5);
         loop {
-            let status = self.call_until(guest_exec_status { pid }, &answer_by, OUTPUT_LIMIT)?;
-            if status.exited {
-                return Ok(ExecResult {
-                    exit_code: exit_code(status.exitcode, status.signal),
-                    stdout: status.out_data.unwrap_or_default(),
-                    stderr: status.err_data.unwrap_or_default(),
-                });
+            if let Some(result) = self.exec_poll(pid, deadline.left() + EXEC_GRACE)? {
+                return Ok(result);
             }
             if deadline.is_over() {
                 return Err(DriverError::Agent {
@@ -170,6 +157,36 @@ impl Agent {
             std::thread::sleep(pause.min(deadline.left()));
             pause = (pause * 2).min(Duration::from_millis(250));
         }
+    }
+
+    /// Starts a program in the guest and gives its process id there, for [`Agent::exec_poll`], also
+    /// on another connection.
+    pub fn exec_start(
+        &mut self,
+        program: &str,
+        args: &[String],
+        stdin: Option<&[u8]>,
+        timeout: Duration,
+    ) -> Result<i64> {
+        let start = guest_exec {
+            path: program.to_owned(),
+            arg: Some(args.to_vec()),
+            env: None,
+            input_data: stdin.map(<[u8]>::to_vec),
+            capture_output: Some(GuestExecCaptureOutput::flag(true)),
+        };
+        Ok(self.call(start, timeout)?.pid)
+    }
+
+    /// What a started program left behind, `None` while it runs. The agent tells it once.
+    pub fn exec_poll(&mut self, pid: i64, timeout: Duration) -> Result<Option<ExecResult>> {
+        let deadline = Deadline::after(timeout);
+        let status = self.call_until(guest_exec_status { pid }, &deadline, OUTPUT_LIMIT)?;
+        Ok(status.exited.then(|| ExecResult {
+            exit_code: exit_code(status.exitcode, status.signal),
+            stdout: status.out_data.unwrap_or_default(),
+            stderr: status.err_data.unwrap_or_default(),
+        }))
     }
 
     /// Guest clock, nanoseconds since 1970.

@@ -188,3 +188,12 @@ pub fn attach(kind: DriverKind, run_dir: &Path) -> Result<Option<Box<dyn Machine
         DriverKind::Kvm => Ok(None),
     }
 }
+
+/// Process id of the machine launched with this run directory, without asking it anything, so that
+/// the answer comes at once whatever the machine is doing; `None` if none is running.
+pub fn process_id(kind: DriverKind, run_dir: &Path) -> Result<Option<u32>> {
+    match kind {
+        DriverKind::Qemu => qemu::Qemu::process_id(run_dir),
+        DriverKind::Kvm => Ok(None),
+    }
+}

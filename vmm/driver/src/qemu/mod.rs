@@ -93,6 +93,11 @@ impl Qemu {
         }
     }
 
+    /// Its process id, from the run directory alone.
+    pub fn process_id(run_dir: &Path) -> Result<Option<u32>> {
+        Ok(process::find(run_dir)?.map(|process| process.pid()))
+    }
+
     fn of(run_dir: &Path, process: Process) -> Result<Self> {
         let monitor = run_dir.join(MONITOR_SOCKET);
         let version = qmp::execute(&monitor, query_version {}, qmp::TIMEOUT)?.qemu;
