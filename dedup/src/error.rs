@@ -11,7 +11,9 @@ pub enum RepoError {
     #[error("{0}")]
     Invalid(String),
     /// The store refused the credentials.
-    #[error("{store}: access denied; check the access key, the secret key and the bucket's policy ({detail})")]
+    #[error(
+        "{store}: access denied; check the access key, the secret key and the bucket's policy ({detail})"
+    )]
     AccessDenied {
         /// The store.
         store: String,
@@ -27,7 +29,9 @@ pub enum RepoError {
         detail: String,
     },
     /// The store could not be reached, after retries.
-    #[error("{store}: not reachable after {attempts} attempts; nothing was changed that a retry does not mend ({detail})")]
+    #[error(
+        "{store}: not reachable after {attempts} attempts; nothing was changed that a retry does not mend ({detail})"
+    )]
     Unreachable {
         /// The store.
         store: String,
@@ -75,7 +79,9 @@ pub enum RepoError {
         what: String,
     },
     /// The repository's format is newer than this program.
-    #[error("the repository at {store} has format version {version}; this program reads up to {supported}. Upgrade Tidemark")]
+    #[error(
+        "the repository at {store} has format version {version}; this program reads up to {supported}. Upgrade Tidemark"
+    )]
     TooNew {
         /// The store.
         store: String,
@@ -83,6 +89,16 @@ pub enum RepoError {
         version: u32,
         /// Supported version.
         supported: u32,
+    },
+    /// The repository uses something that this program does not know.
+    #[error(
+        "the repository at {store} needs the feature {feature:?}, which this program does not know. Upgrade Tidemark"
+    )]
+    UnknownFeature {
+        /// The store.
+        store: String,
+        /// The feature.
+        feature: String,
     },
     /// No such restore point.
     #[error("there is no restore point {0}")]
