@@ -25,6 +25,8 @@ use std::thread::{self, JoinHandle};
 pub use client::Client;
 pub use export::{ChangedRanges, Counters, Export};
 
+use parking_lot::Mutex;
+
 use crate::block::Block;
 use crate::error::{DiskError, Result};
 use registry::{Open, Registry};
@@ -35,7 +37,7 @@ use socket::Listener;
 pub struct Server {
     registry: Arc<Registry>,
     listener: Arc<Listener>,
-    acceptor: Option<JoinHandle<()>>,
+    acceptor: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Server {
@@ -60,7 +62,7 @@ impl Server {
                 .spawn(move || accept_clients(&listener, &registry))
                 .map_err(|e| DiskError::io("start a thread for", socket, e))?
         };
-        Ok(Self { registry, listener, acceptor: Some(acceptor) })
+        Ok(Self { registry, listener, acceptor: Mutex::new(Some(acceptor)) })
     }
 
     /// Adds or replaces an export. The first one added is also the default export (empty name).
@@ -88,15 +90,21 @@ impl Server {
     pub fn counters(&self, name: &str) -> Counters {
         self.registry.counters(name)
     }
+
+    /// What dropping does, for a server that others still look at. Not to be called while a disk's I/O
+    /// is paused.
+    pub fn stop(&self) {
+        self.listener.stop();
+        if let Some(acceptor) = self.acceptor.lock().take() {
+            let _ = acceptor.join();
+        }
+        self.registry.close();
+    }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.listener.stop();
-        if let Some(acceptor) = self.acceptor.take() {
-            let _ = acceptor.join();
-        }
-        self.registry.close();
+        self.stop();
     }
 }
 

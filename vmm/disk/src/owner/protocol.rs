@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::rct::RctId;
 
-/// Version of the control protocol; client and owner must agree.
+/// Version of the control protocol, named in every line; client and owner must agree.
 pub const PROTOCOL_VERSION: u32 = 1;
 
 /// What a client can ask.
@@ -98,6 +98,9 @@ pub struct DiskReport {
     pub written_bytes: u64,
     /// The current or last merge.
     pub merge: MergeState,
+    /// Why change tracking of this disk began anew when the owner opened it, if it did.
+    #[serde(default)]
+    pub tracking_lost: Option<String>,
 }
 
 /// State of a disk's merge.

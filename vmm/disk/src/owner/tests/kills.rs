@@ -1,0 +1,237 @@
+//! kill -9 of the owner at seeded moments of writes, checkpoints and merges.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::{MergeState, OwnerProcess, PATIENCE, Vm, content, reach};
+use crate::GRANULE;
+use crate::block::Block;
+use crate::chain::{Chain, delete_disk_files};
+use crate::error::Result;
+use crate::nbd;
+use crate::owner::{Client, Request, Response};
+use crate::rct::RctId;
+use crate::vhdx::Access;
+
+/// The unit of the model: a page, which a killed process writes whole or not at all.
+const PAGE: u64 = 4096;
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % limit
+    }
+}
+
+/// What each page may hold: the last flushed value, or any written since.
+struct Model {
+    pages: Vec<Vec<u64>>,
+    next: u64,
+}
+
+impl Model {
+    fn new(size: u64) -> Self {
+        Self { pages: vec![vec![0]; (size / PAGE) as usize], next: 1 }
+    }
+
+    fn write(&mut self, disk: &nbd::Client, random: &mut Random) -> Result<()> {
+        let pages = 1 + random.below(12);
+        let first = random.below(self.pages.len() as u64 - pages);
+        let value = self.next;
+        self.next += 1;
+        for page in first..first + pages {
+            self.pages[page as usize].push(value);
+        }
+        disk.write_at(first * PAGE, &value.to_le_bytes().repeat((pages * PAGE / 8) as usize))
+    }
+
+    /// Everything acknowledged is durable now.
+    fn flushed(&mut self) {
+        for page in &mut self.pages {
+            page.drain(..page.len() - 1);
+        }
+    }
+
+    /// Checks a disk after a kill and takes over what it holds.
+    fn check(&mut self, content: &[u8]) {
+        for (number, (page, held)) in
+            self.pages.iter_mut().zip(content.chunks(PAGE as usize)).enumerate()
+        {
+            let value = u64::from_le_bytes(held[..8].try_into().unwrap());
+            assert!(held.chunks(8).all(|c| c == value.to_le_bytes()), "page {number} is torn");
+            assert!(page.contains(&value), "page {number} holds {value}, not one of {page:?}");
+            *page = vec![value];
+        }
+    }
+}
+
+/// How far the checkpoint or merge of a round has come: which leaf counts if the owner dies.
+enum Stage {
+    /// The new leaf may exist, unused.
+    Preparing,
+    /// The switch was asked for.
+    Committing,
+    /// The new leaf is the one that is written.
+    Switched,
+    /// It has been merged into the base.
+    Merged,
+}
+
+/// One VM life: writes, checkpoint, writes, merge, until the owner dies.
+fn live(
+    vm: &Vm,
+    model: &mut Model,
+    random: &mut Random,
+    stage: &mut Stage,
+    seal: &mut Option<(RctId, Vec<u8>)>,
+    leaf: &Path,
+) -> Result<()> {
+    let mut client = reach(&vm.control());
+    let disk = nbd::Client::connect(&vm.file("nbd.sock"), "a")?;
+    scribble(model, &disk, random)?;
+    let leaves = vec![("a".to_owned(), leaf.to_owned())];
+    client.call(&Request::PrepareCheckpoint { leaves: leaves.clone() }, PATIENCE)?;
+    scribble(model, &disk, random)?;
+    *stage = Stage::Committing;
+    let committed = client.call(&Request::CommitCheckpoint { leaves }, PATIENCE)?;
+    *stage = Stage::Switched;
+    let Response::Committed { disks, .. } = committed else { panic!("{committed:?}") };
+    // The sealed file is read as an exporter does, while the owner goes on.
+    *seal = Some((disks[0].rct_id.clone(), content(&vm.file("a.vhdx"))));
+    scribble(model, &disk, random)?;
+    let start = Request::StartMerge { disk: "a".to_owned(), child: leaf.to_owned() };
+    client.call(&start, PATIENCE)?;
+    while !merged(&mut client)? {
+        model.write(&disk, random)?;
+    }
+    *stage = Stage::Merged;
+    scribble(model, &disk, random)?;
+    loop {
+        scribble(model, &disk, random)?;
+    }
+}
+
+fn merged(client: &mut Client) -> Result<bool> {
+    match client.call(&Request::Report, PATIENCE)? {
+        Response::Report(report) => match &report.disks[0].merge {
+            MergeState::Failed { message, .. } => panic!("merge: {message}"),
+            state => Ok(matches!(state, MergeState::Done { .. })),
+        },
+        other => panic!("{other:?}"),
+    }
+}
+
+fn scribble(model: &mut Model, disk: &nbd::Client, random: &mut Random) -> Result<()> {
+    for _ in 0..random.below(40) {
+        model.write(disk, random)?;
+    }
+    if random.below(2) == 0 {
+        disk.flush()?;
+        model.flushed();
+    }
+    Ok(())
+}
+
+/// What whoever started the owner does after its death: decides on the leaf, finishes the merge.
+fn recover(vm: &Vm, stage: &Stage, leaf: &Path) -> PathBuf {
+    let base = vm.file("a.vhdx");
+    match stage {
+        Stage::Switched => leaf.to_owned(),
+        // Not known whether it happened: if the new leaf holds anything it did.
+        Stage::Committing if Chain::open(&base, Access::ReadWrite).is_err() => leaf.to_owned(),
+        Stage::Preparing | Stage::Committing | Stage::Merged => {
+            let _ = delete_disk_files(leaf);
+            base
+        }
+    }
+}
+
+fn life_and_death(vm: &Vm, model: &mut Model, seed: u64) {
+    let mut random = Random(seed);
+    let base = vm.file("a.vhdx");
+    let new = vm.file(&format!("a_{seed}.avhdx"));
+    let mut owner = OwnerProcess::start(&vm.config(&[("a", "a.vhdx")]));
+    let mut stage = Stage::Preparing;
+    let mut seal = None;
+    // Reached before the clock starts, so that kills fall into work and not into start-up.
+    reach(&vm.control());
+    let delay = Duration::from_micros(random.below(120_000));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            std::thread::sleep(delay);
+            owner.kill();
+        });
+        let _ = live(vm, model, &mut random, &mut stage, &mut seal, &new);
+    });
+    let leaf = recover(vm, &stage, &new);
+    let chain = Chain::open(&leaf, Access::ReadWrite).unwrap();
+    let mut held = vec![0; chain.geometry().size as usize];
+    chain.read_at(0, &mut held).unwrap();
+    model.check(&held);
+    if let Some((id, sealed)) = seal {
+        check_changes(&chain, &id, &sealed, &held);
+    }
+    if leaf != base {
+        chain.merge(&leaf, &|_| {}, &false.into()).unwrap();
+        chain.close().unwrap();
+        drop(chain);
+        delete_disk_files(&leaf).unwrap();
+    } else {
+        chain.close().unwrap();
+    }
+    assert!(content(&base) == held);
+    let left: Vec<_> = std::fs::read_dir(vm.dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        // A pair that was just being created may leave a temporary file, which nothing reads.
+        .filter(|name| name.contains(".avhdx") && !name.ends_with(".new"))
+        .collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+/// Every granule that differs from the sealed content is in the answer.
+fn check_changes(chain: &Chain, id: &RctId, sealed: &[u8], now: &[u8]) {
+    let ranges = chain.changed_since(id).unwrap();
+    for (number, (old, new)) in
+        sealed.chunks(GRANULE as usize).zip(now.chunks(GRANULE as usize)).enumerate()
+    {
+        let at = number as u64 * GRANULE;
+        assert!(
+            old == new || ranges.iter().any(|r| r.start <= at && at < r.end),
+            "granule {number} has changed and is not told"
+        );
+    }
+}
+
+#[test]
+fn i3_i5_kills_at_any_moment_lose_no_flushed_write_and_no_change() {
+    let vm = Vm::new(&["a"]);
+    let mut model = Model::new(32 << 20);
+    for seed in 1..=16 {
+        life_and_death(&vm, &mut model, seed);
+    }
+}
+
+#[test]
+fn i5_a_killed_owner_is_replaced_and_its_sockets_taken_over() {
+    let vm = Vm::new(&["a"]);
+    let config = vm.config(&[("a", "a.vhdx")]);
+    let mut owner = OwnerProcess::start(&config);
+    reach(&vm.control());
+    let disk = vm.disk("a");
+    disk.write_at(0, &[1; 65536]).unwrap();
+    disk.flush().unwrap();
+    owner.kill();
+    assert!(vm.control().exists() && vm.file("nbd.sock").exists());
+    assert!(disk.read_at(0, &mut [0; 512]).is_err());
+    let _owner = OwnerProcess::start(&config);
+    super::report(&mut reach(&vm.control()));
+    let mut read = [0; 65536];
+    vm.disk("a").read_at(0, &mut read).unwrap();
+    assert!(read == [1; 65536]);
+}
