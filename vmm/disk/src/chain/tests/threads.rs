@@ -171,3 +171,54 @@ fn i3_changed_since_holds_for_a_merge_under_writes() {
         compare();
     }
 }
+
+/// Figures for people: how long guests are held back. Run it alone, in the release profile.
+#[test]
+#[ignore = "measures"]
+fn pause_of_a_switch_under_full_write_load() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("disk.vhdx");
+    Chain::create(&base, &options(1 << 30, 32 << 20)).unwrap();
+    let chain = Chain::open(&base, Access::ReadWrite).unwrap();
+    let stop = AtomicBool::new(false);
+    let (written, mut pauses, mut merges) = (AtomicU64::new(0), Vec::new(), Vec::new());
+    let slowest = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for seed in 0..2 {
+            let (chain, stop, written, slowest) = (&chain, &stop, &written, &slowest);
+            scope.spawn(move || {
+                let (mut rng, data) = (Rng::new(seed), vec![seed as u8 + 1; 65_536]);
+                while !stop.load(Ordering::Relaxed) {
+                    let start = Instant::now();
+                    chain.write_at(rng.below((1 << 30) / 65_536) * 65_536, &data).unwrap();
+                    slowest.fetch_max(start.elapsed().as_micros() as u64, Ordering::Relaxed);
+                    written.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        for round in 0..100 {
+            let new = folder.path().join(format!("disk_{round}.avhdx"));
+            chain.prepare_leaf(&new).unwrap();
+            chain.preflush().unwrap();
+            let start = Instant::now();
+            let pause = chain.pause();
+            chain.switch_leaf(&pause, &new).unwrap();
+            drop(pause);
+            pauses.push(start.elapsed());
+            chain.settle().unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+            let start = Instant::now();
+            merge(&chain, &new);
+            merges.push(start.elapsed());
+            delete_disk_files(&new).unwrap();
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    pauses.sort();
+    merges.sort();
+    eprintln!(
+        "pause: median {:?}, p99 {:?}; merge: median {:?}, longest {:?}; {written:?} writes of 64 KiB, \
+         slowest {slowest:?} us",
+        pauses[50], pauses[98], merges[50], merges[99]
+    );
+}
