@@ -81,8 +81,8 @@ drivers+='|net/usb|net/wan|net/can|net/fddi|net/hamradio|net/ieee802154|net/ppp|
 drivers+='|net/plip|net/arcnet|net/wwan|net/dsa|net/hippi|net/mdio|net/pcs'
 IFS='|' read -ra drivers <<<"$drivers"
 for d in "${drivers[@]}"; do excludes+=("/lib/modules/*/kernel/drivers/$d/*"); done
-for d in sound arch/x86/crypto arch/x86/kvm net/wireless net/bluetooth net/mac80211 fs/ocfs2 fs/gfs2 fs/ceph fs/smb fs/nfs \
-    fs/nfsd fs/afs fs/reiserfs fs/jfs fs/f2fs fs/ubifs fs/nilfs2 fs/orangefs; do
+for d in sound arch/x86/crypto arch/x86/kvm net/wireless net/bluetooth net/mac80211 fs/ocfs2 \
+    fs/gfs2 fs/ceph fs/smb fs/nfs fs/nfsd fs/afs fs/reiserfs fs/jfs fs/f2fs fs/ubifs fs/nilfs2 fs/orangefs; do
     excludes+=("/lib/modules/*/kernel/$d/*")
 done
 dpkg_options=()
@@ -173,8 +173,8 @@ max_connections = 20
 autovacuum_naptime = 10min
 E
 chroot "$1" systemctl -q enable serial-getty@ttyS0.service
-rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/* "$1"/var/log/* "$1"/etc/apt/apt.conf.d/99mmdebstrap \
-    "$1"/etc/dpkg/dpkg.cfg.d/99mmdebstrap "$1"/var/cache/debconf/*-old "$1"/tmp/* "$1"/usr/sbin/policy-rc.d
+rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/* "$1"/var/log/* "$1"/etc/apt/apt.conf.d/*mmdebstrap \
+    "$1"/etc/dpkg/dpkg.cfg.d/*mmdebstrap "$1"/var/cache/debconf/*-old "$1"/usr/sbin/policy-rc.d
 mkdir -p "$1/var/log/postgresql"
 chroot "$1" chown postgres:adm /var/log/postgresql
 HOOK
@@ -210,8 +210,10 @@ mapfile -t apt_opts < <(apt_options)
 apt_flags=()
 for o in "${apt_opts[@]}"; do apt_flags+=(--aptopt="$o"); done
 
+# --skip=cleanup: the tree is thrown away. (Beware of removing the build's own apt configuration in
+# the guest's /tmp: apt would then work on the host.)
 # C.UTF-8, so that PostgreSQL's cluster is UTF-8 and no locale has to be generated.
-env LANG=C.UTF-8 LC_ALL=C.UTF-8 mmdebstrap --variant=minbase --format=null \
+env LANG=C.UTF-8 LC_ALL=C.UTF-8 mmdebstrap --variant=minbase --format=null --skip=cleanup \
     --include="$(IFS=,; echo "${packages[*]}")" "${dpkg_options[@]}" "${apt_flags[@]}" \
     --essential-hook="$prepare" --customize-hook="$configure" --customize-hook="$image" \
     --customize-hook="download /mnt/debian.raw '$work/debian.raw'" \
