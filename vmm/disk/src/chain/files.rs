@@ -1,12 +1,17 @@
 //! New base disks, and the end of disk files.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use super::Chain;
 use super::open::folder_of;
 use crate::error::{DiskError, Result};
 use crate::rct::{DiskIdentity, Tracker, pair_paths};
 use crate::vhdx::{Access, CreateOptions, Properties, Vhdx};
+
+/// A file that a merge has emptied may still be held by a guest's request that began before: so long
+/// a deletion waits for it.
+const LAST_REQUESTS: Duration = Duration::from_secs(5);
 
 impl Chain {
     /// Creates a new base disk with its tracking pair; durable on return, nothing left on error. A
@@ -47,9 +52,13 @@ pub(super) fn undo_create(path: &Path) {
 /// does it again, while a pair alone would be left behind for ever. A kill in between leaves a disk
 /// without tracking, which costs a full read if the disk should be used after all, and no data.
 pub fn delete_disk_files(path: &Path) -> Result<()> {
+    let end = Instant::now() + LAST_REQUESTS;
     // Damaged files can be deleted too.
-    if let Err(busy @ DiskError::Busy { .. }) = Vhdx::open(path, Access::ReadOnly) {
-        return Err(busy);
+    while let Err(busy @ DiskError::Busy { .. }) = Vhdx::open(path, Access::ReadOnly) {
+        if Instant::now() >= end {
+            return Err(busy);
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
     let (rct, mrt) = pair_paths(path);
     for file in [&mrt, &rct] {
