@@ -23,7 +23,7 @@ fn concurrent_random_writes_over_many_connections_all_land() {
                     let base = number * 2 * MIB;
                     let mut model = vec![0; 2 << 20];
                     let mut random = Seeded(number);
-                    for _ in 0..200 {
+                    for _ in 0..60 {
                         let at = random.below(4000) * 512;
                         let len = 512 * (1 + random.below(64)).min((2 * MIB - at) / 512);
                         let data = random.bytes(len as usize);
@@ -47,7 +47,7 @@ fn unaligned_neighbours_on_two_connections_lose_no_byte() {
         for half in 0..2u64 {
             let mut bare = Bare::enter(&fixture);
             scope.spawn(move || {
-                for round in 0..500u64 {
+                for round in 0..120u64 {
                     let value = round as u8;
                     bare.request(0, cmd::WRITE, half * 3000 + 100, 3000);
                     bare.0.write_all(&[value; 3000]).unwrap();

@@ -231,7 +231,7 @@ fn requests_of_single_bytes_touch_no_other_byte() {
         let fixture = Fixture::new(MemDisk::filled(&model, sector));
         let mut bare = Bare::enter(&fixture);
         let mut random = Seeded(u64::from(sector));
-        for _ in 0..300 {
+        for _ in 0..120 {
             let offset = random.below(120 << 10);
             let len = 1 + random.below(9000).min((128 << 10) - offset - 1);
             let range = offset as usize..(offset + len) as usize;

@@ -6,6 +6,8 @@ use std::thread;
 use super::{MIB, Owner, PATIENCE, StopOnDrop, Vm, checkpoint, content, merge_end, must, report};
 use crate::block::Block;
 use crate::chain::Chain;
+use crate::owner::checkpoint::Checkpoints;
+use crate::owner::disk::Disk;
 use crate::owner::{MergeState, Request, Response};
 use crate::vhdx::Access;
 
@@ -218,4 +220,37 @@ fn prepared_leaves_do_not_stand_in_the_way_of_a_merge() {
     assert!(!abandoned[0].1.exists() && !abandoned[1].1.exists());
     assert!(client.call(&Request::CommitCheckpoint { leaves: abandoned }, PATIENCE).is_err());
     owner.shut_down();
+}
+
+#[test]
+fn a_switch_that_fails_half_way_says_which_disks_have_switched() {
+    let vm = Vm::new(&["a", "b", "c"]);
+    let open = |name: &str| {
+        let chain = Chain::open(&vm.file(&format!("{name}.vhdx")), Access::ReadWrite).unwrap();
+        Disk::new(name.to_owned(), chain)
+    };
+    let disks = ["a", "b", "c"].map(open);
+    let leaves = vm.leaves(&["a", "b", "c"], "one");
+    let mut checkpoints = Checkpoints::default();
+    checkpoints.prepare(&disks, &leaves).unwrap();
+    // Disk b loses its new leaf in a way that is only seen when it is to be switched.
+    disks[1].chain.discard_prepared().unwrap();
+    std::fs::write(&leaves[1].1, "").unwrap();
+    let error = checkpoints.commit(&disks, &leaves).unwrap_err().to_string();
+    assert!(error.contains("disk b") && error.contains("merged back: a"), "{error}");
+    let files: Vec<_> = disks.iter().map(|disk| disk.chain.files().len()).collect();
+    assert_eq!(files, [2, 1, 1]);
+    // None of these leaves can be switched to later, and I/O goes on everywhere.
+    assert!(!leaves[2].1.exists());
+    assert!(checkpoints.commit(&disks, &leaves).is_err());
+    for disk in &disks {
+        disk.chain.write_at(0, &[1; 512]).unwrap();
+    }
+    // What the engine does about it.
+    disks[0].start_merge(&leaves[0].1).unwrap();
+    while matches!(disks[0].merge_state(), MergeState::Running { .. }) {
+        thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert_eq!(disks[0].chain.files(), [vm.file("a.vhdx")]);
+    disks.iter().for_each(|disk| disk.chain.close().unwrap());
 }

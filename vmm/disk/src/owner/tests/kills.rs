@@ -1,9 +1,10 @@
 //! kill -9 of the owner at seeded moments of writes, checkpoints and merges.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
-use super::{MergeState, OwnerProcess, PATIENCE, Vm, content, reach};
+use super::{MIB, MergeState, OwnerProcess, PATIENCE, Vm, content, reach};
 use crate::GRANULE;
 use crate::block::Block;
 use crate::chain::{Chain, delete_disk_files};
@@ -210,9 +211,10 @@ fn check_changes(chain: &Chain, id: &RctId, sealed: &[u8], now: &[u8]) {
 
 #[test]
 fn i3_i5_kills_at_any_moment_lose_no_flushed_write_and_no_change() {
-    let vm = Vm::new(&["a"]);
-    let mut model = Model::new(32 << 20);
-    for seed in 1..=16 {
+    let vm = Vm::sized(&["a"], 8 * MIB);
+    let mut model = Model::new(8 * MIB);
+    let kills = std::env::var("TIDEMARK_SOAK").map_or(12, |n| n.parse().unwrap());
+    for seed in 1..=kills {
         life_and_death(&vm, &mut model, seed);
     }
 }
@@ -234,4 +236,52 @@ fn i5_a_killed_owner_is_replaced_and_its_sockets_taken_over() {
     let mut read = [0; 65536];
     vm.disk("a").read_at(0, &mut read).unwrap();
     assert!(read == [1; 65536]);
+}
+
+#[test]
+fn i5_qemu_waits_for_the_next_owner_and_goes_on() {
+    let vm = Vm::new(&["a"]);
+    let config = vm.config(&[("a", "a.vhdx")]);
+    let mut owner = OwnerProcess::start(&config);
+    reach(&vm.control());
+    let node = format!(
+        "driver=nbd,server.type=unix,server.path={},export=a,reconnect-delay=30",
+        vm.file("nbd.sock").display()
+    );
+    // The second half comes while nobody serves the disk, or just after the next owner has begun.
+    let orders = [
+        "write -P 0x11 0 1M",
+        "flush",
+        "sleep 500",
+        "write -P 0x22 1M 1M",
+        "read -P 0x11 0 1M",
+        "read -P 0x22 1M 1M",
+    ];
+    let qemu = Command::new("qemu-io")
+        .args(["--image-opts", &node])
+        .args(orders.iter().flat_map(|order| ["-c", order]))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let written = || {
+        let mut client = reach(&vm.control());
+        super::report(&mut client).disks[0].written_bytes
+    };
+    eventually(|| written() == 1 << 20);
+    owner.kill();
+    std::thread::sleep(Duration::from_millis(700));
+    let _owner = OwnerProcess::start(&config);
+    let output = qemu.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}");
+    assert_eq!(said.matches("read 1048576/1048576").count(), 2, "{said}");
+    assert!(!said.contains("failed"), "{said}");
+}
+
+fn eventually(done: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

@@ -34,9 +34,13 @@ pub(super) struct Vm {
 impl Vm {
     /// Creates the named disks, 32 MiB each.
     pub(super) fn new(names: &[&str]) -> Self {
+        Self::sized(names, 32 * MIB)
+    }
+
+    pub(super) fn sized(names: &[&str], size: u64) -> Self {
         let vm = Self { dir: TempDir::new().unwrap() };
         let options = CreateOptions {
-            size: 32 * MIB,
+            size,
             block_size: 1 << 20,
             logical_sector: 512,
             physical_sector: 4096,
