@@ -36,8 +36,6 @@ pub struct Tracker {
     header: Mutex<Slots<RctHeader>>,
     /// The header's epoch, for the hot path.
     epoch: AtomicU32,
-    /// The first epoch behind the ids found at open.
-    merge_floor: u32,
     /// A write was let through since `next` was announced: the disk carries it.
     written: AtomicBool,
     mode: AtomicU8,
@@ -126,7 +124,6 @@ impl Tracker {
         let RctHeader { lineage, tracking, epoch, base, sequence, .. } = header.record;
         let regions = if mode == WRITABLE { layout.regions() } else { 0 };
         let lsn = sequence << 32;
-        let merge_floor = header.record.ids.iter().map(|id| id.epoch + 1).max().unwrap_or(0);
         Self {
             lineage,
             layout,
@@ -135,7 +132,6 @@ impl Tracker {
             intent: WriteIntent::new(mrt, tracking, regions, rules),
             header: Mutex::new(header),
             epoch: AtomicU32::new(epoch),
-            merge_floor,
             written: AtomicBool::new(false),
             mode: AtomicU8::new(mode),
             flushing: Mutex::default(),
@@ -229,7 +225,8 @@ impl Tracker {
         }
         // A child starts behind its parent's ids. An earlier mark comes from tracking that was lost and
         // made anew, and would hide the change from them.
-        let epoch = epoch.max(self.merge_floor);
+        let last_id = self.header.lock().record.ids.last().map_or(0, |id| id.epoch);
+        let epoch = epoch.max(last_id.saturating_add(1));
         // Else a crash would mark the region with an epoch before that of the merged ids.
         if epoch > self.epoch() {
             self.raise_epoch(epoch)?;

@@ -83,20 +83,25 @@ fn rules(mutant: Mutant) -> Rules {
 /// Crashes a life at about `points` of its operations.
 pub(super) fn explore_some(life: &Life, seed: u64, points: usize) -> Result<u64, String> {
     let step = ((life.world.len() - life.born) / points).max(1);
-    explore(life, seed, Mutant::None, 2, step)
+    explore(life, seed, Mutant::None, 2, (life.born..=life.world.len()).step_by(step))
 }
 
-/// Crashes a life at every `step`th operation, with the extreme fates and `samples` random ones.
+/// Crashes a life at its end.
+pub(super) fn explore_end(life: &Life, seed: u64) -> Result<u64, String> {
+    explore(life, seed, Mutant::None, 2, [life.world.len()])
+}
+
+/// Crashes a life at `points`, with the extreme fates and `samples` random ones.
 fn explore(
     life: &Life,
     seed: u64,
     mutant: Mutant,
     samples: u64,
-    step: usize,
+    points: impl IntoIterator<Item = usize>,
 ) -> Result<u64, String> {
     let mut random = Random(!seed);
     let mut states = 0;
-    for at in (life.born..=life.world.len()).step_by(step) {
+    for at in points {
         let open = life.world.unsynced(at);
         for sample in 0..samples + 4 {
             let state = life.world.crash(at, &open, &mut |_, file| match sample {
@@ -158,7 +163,7 @@ fn i3_changed_since_survives_a_power_cut_during_recovery_from_a_kill() {
 
 fn live_and_crash(seed: u64, mutant: Mutant, faulty: bool) -> Result<u64, String> {
     let life = Life::record(seed, 3, 24, mutant, faulty)?;
-    explore(&life, seed, mutant, 2, 1)
+    explore(&life, seed, mutant, 2, life.born..=life.world.len())
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! Tests of tracking. `recorder` is the abstract disk that the crash tests replay.
 
+#![allow(clippy::single_range_in_vec_init)]
+
 mod behaviour;
 mod crash;
 mod damage;

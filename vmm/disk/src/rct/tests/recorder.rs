@@ -201,7 +201,7 @@ impl World {
         open
     }
 
-    /// What a crash at `at` leaves when `fate` decides on each of the `open`, unsynced writes.
+    /// What a crash at `at` leaves when `fate` decides on each of the `open`, unsynced writes (ascending).
     pub(super) fn crash(
         &self,
         at: usize,
@@ -218,7 +218,8 @@ impl World {
                 }
                 Op::Write { file, offset, data } => {
                     let target = &mut files.data[*file as usize];
-                    let kept = if open.contains(&i) { fate(i, *file) } else { Fate::Whole };
+                    let kept =
+                        if open.binary_search(&i).is_ok() { fate(i, *file) } else { Fate::Whole };
                     kept.apply(target, *offset, data);
                 }
                 _ => {}
