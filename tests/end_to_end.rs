@@ -153,8 +153,11 @@ fn quiesced_point_needs_no_journal_replay_and_postgresql_starts_clean() {
         "{rows} rows restored, {committed} were committed before the backup"
     );
     // PostgreSQL itself replays its log after any backup of a running cluster; the file system does not.
-    let log = db2.sh("cat /var/log/postgresql/*.log");
+    let log = db2.sh(
+        "cat /var/log/postgresql/*.log 2>/dev/null; journalctl -b --no-pager -t postgres || true",
+    );
     assert!(!log.contains("PANIC") && !log.contains("invalid page"), "{log}");
+    db2.sh("su postgres -c 'psql -q bank -c \"reindex table t; select count(*) from t where at is null\"'");
     let dmesg = db2.sh("dmesg | grep -i 'EXT4-fs.*vda' || true");
     assert!(!dmesg.to_lowercase().contains("recover"), "{dmesg}");
     db2.cut_power();
@@ -167,12 +170,13 @@ fn incremental_reads_only_changed_granules_and_an_idle_disk_costs_nothing() {
     let target = host.add_local_target("local");
     host.json(["vm", "create", "cost", "--disk-size", "4G"]);
     let mut random = common::Random(7);
-    let mut changed = serve_and_write(&host, "cost", &mut random, 1200);
+    let changed = serve_and_write(&host, "cost", &mut random, 1200);
     let first = host.json(["backup", "run", "cost"]);
     assert_eq!(first["disks"][0][1]["mode"], "full");
-    assert!(first["targets"][0]["read_bytes"].as_u64().unwrap() <= changed + 64 * MIB);
+    // A full read knows only which blocks of the file hold something, not which granules.
+    assert!(first["targets"][0]["read_bytes"].as_u64().unwrap() >= changed);
 
-    changed = serve_and_write(&host, "cost", &mut random, 150);
+    let changed = serve_and_write(&host, "cost", &mut random, 150);
     let second = host.json(["backup", "run", "cost"]);
     assert_eq!(second["disks"][0][1]["mode"], "incremental");
     let read = second["targets"][0]["read_bytes"].as_u64().unwrap();
