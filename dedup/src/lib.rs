@@ -41,7 +41,7 @@ pub use key::KdfCost;
 pub use reader::DiskReader;
 pub use repo::Repository;
 pub use store::{Store, StoreCredentials, open_store};
-pub use verify::{RepoStats, VerifyReport};
+pub use verify::{RepoStats, VerifyReport, scrub};
 pub use writer::{DiskWriter, PointWriter};
 
 /// Bytes of a chunk, also the unit in which disks are written.

@@ -150,9 +150,12 @@ struct Open {
 }
 
 /// Makes a map, in ascending order of chunks, as a change of another one. Only pages that a change
-/// touches are read, and only pages that differ are stored.
+/// touches are read, and only pages that differ are stored. A page that was stored is never read
+/// again by the same builder.
 pub(crate) struct MapBuilder {
     size: u64,
+    /// The base was larger.
+    cut: bool,
     levels: u8,
     root: BlobId,
     /// Open pages on the way to the current leaf; `path[l - 1]` is of level `l`.
@@ -163,8 +166,13 @@ impl MapBuilder {
     /// A map of `size` bytes that begins as `base`, cut or extended to the size.
     pub(crate) fn new(size: u64, base: Option<&Root>, pages: &mut dyn PageStore) -> Result<Self> {
         let levels = levels_for(size);
-        let mut builder =
-            Self { size, levels, root: BlobId::NONE, path: (0..levels).map(|_| None).collect() };
+        let mut builder = Self {
+            size,
+            levels,
+            cut: base.is_some_and(|base| base.size > size),
+            root: BlobId::NONE,
+            path: (0..levels).map(|_| None).collect(),
+        };
         let Some(base) = base.filter(|base| !base.page.is_none()) else { return Ok(builder) };
         if base.levels <= levels {
             builder.plant(base);
@@ -176,10 +184,6 @@ impl MapBuilder {
                 }
             }
             builder.root = root;
-        }
-        // What was beyond the new size must not come back when the disk grows again.
-        if base.size > size {
-            builder.clear(chunk_count(size)..span(levels), pages)?;
         }
         Ok(builder)
     }
@@ -290,6 +294,11 @@ impl MapBuilder {
 
     /// Stores what is open and gives the root.
     pub(crate) fn finish(mut self, pages: &mut dyn PageStore) -> Result<Root> {
+        // What was beyond the new size must not come back when the disk grows again. Only now: pages
+        // are closed in ascending order, and a closed one cannot be read before it is durable.
+        if self.cut {
+            self.clear(chunk_count(self.size)..span(self.levels), pages)?;
+        }
         self.close_below(self.levels + 1, pages)?;
         Ok(Root { size: self.size, page: self.root, levels: self.levels })
     }

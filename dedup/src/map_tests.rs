@@ -7,7 +7,8 @@ use super::*;
 /// Pages in memory; counts what is stored and read.
 #[derive(Default)]
 struct Memory {
-    pages: HashMap<BlobId, Page>,
+    /// Pages and whether they can be read already.
+    pages: HashMap<BlobId, (Page, bool)>,
     puts: usize,
     reads: usize,
 }
@@ -15,7 +16,8 @@ struct Memory {
 impl PageSource for Memory {
     fn page(&mut self, id: &BlobId, level: u8) -> Result<Arc<Page>> {
         self.reads += 1;
-        let page = self.pages[id].clone();
+        let (page, durable) = self.pages[id].clone();
+        assert!(durable, "a page was read that is only about to be stored");
         assert_eq!(page.level, level);
         Ok(Arc::new(page))
     }
@@ -26,10 +28,19 @@ impl PageStore for Memory {
         let bytes = page.encode();
         assert!(Page::decode(&bytes).is_some_and(|read| read == *page));
         let id = BlobId::of(&[1; 32], &bytes);
-        if self.pages.insert(id, page.clone()).is_none() {
+        if let std::collections::hash_map::Entry::Vacant(free) = self.pages.entry(id) {
+            free.insert((page.clone(), false));
             self.puts += 1;
         }
         Ok(id)
+    }
+}
+
+impl Memory {
+    fn finish(&mut self, builder: MapBuilder) -> Root {
+        let root = builder.finish(self).unwrap();
+        self.pages.values_mut().for_each(|(_, durable)| *durable = true);
+        root
     }
 }
 
@@ -74,14 +85,14 @@ proptest! {
                     model.insert(chunk, chunk_id(value));
                 }
             }
-            let root = builder.finish(&mut pages).unwrap();
+            let root = pages.finish(builder);
             prop_assert_eq!(content(&root, &mut pages), model.clone());
             // The same content, written anew, has the same root.
             let mut fresh = MapBuilder::new(chunks * CHUNK, None, &mut pages).unwrap();
             for (chunk, id) in &model {
                 fresh.set(*chunk, *id, &mut pages).unwrap();
             }
-            prop_assert_eq!(fresh.finish(&mut pages).unwrap(), root);
+            prop_assert_eq!(pages.finish(fresh), root);
             base = Some(root);
         }
     }
@@ -100,13 +111,13 @@ fn the_cost_of_a_map_follows_the_change_and_not_the_disk() {
     for size in [16u64 << 30, 1 << 40, 10 << 40] {
         let mut builder = MapBuilder::new(size, None, &mut pages).unwrap();
         builder.set(chunk_count(size) / 2, chunk_id(1), &mut pages).unwrap();
-        let root = builder.finish(&mut pages).unwrap();
+        let root = pages.finish(builder);
         (pages.puts, pages.reads) = (0, 0);
         let mut builder = MapBuilder::new(size, Some(&root), &mut pages).unwrap();
         builder.clear(0..chunk_count(size) / 2, &mut pages).unwrap();
         builder.set(chunk_count(size) / 2, chunk_id(2), &mut pages).unwrap();
         builder.clear(chunk_count(size) / 2 + 1..chunk_count(size), &mut pages).unwrap();
-        builder.finish(&mut pages).unwrap();
+        pages.finish(builder);
         assert!(pages.puts <= usize::from(MAX_LEVELS), "{} pages for one chunk", pages.puts);
         assert!(pages.reads <= 2 * usize::from(MAX_LEVELS), "{} reads for one chunk", pages.reads);
     }
@@ -120,13 +131,13 @@ fn scattered_changes_cost_little() {
     for chunk in 0..chunk_count(size) {
         builder.set(chunk, chunk_id(chunk), &mut pages).unwrap();
     }
-    let root = builder.finish(&mut pages).unwrap();
+    let root = pages.finish(builder);
     pages.puts = 0;
     let mut builder = MapBuilder::new(size, Some(&root), &mut pages).unwrap();
     for n in 0..1440 {
         builder.set(n * 182, chunk_id(n + (1 << 40)), &mut pages).unwrap();
     }
-    builder.finish(&mut pages).unwrap();
+    pages.finish(builder);
     let cost = pages.puts * (MAX_PAGE_LEN + ID_LEN);
     assert!(cost < 2 << 20, "{cost} bytes of map for 1,440 changed chunks");
 }

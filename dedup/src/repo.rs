@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use bytes::Bytes;
 use futures::StreamExt;
@@ -54,6 +55,8 @@ pub(crate) struct Inner {
     pub(crate) cache_dir: Option<PathBuf>,
     pub(crate) frames: FrameCache,
     pub(crate) pages: PageCache,
+    /// Length at which a writer closes a pack.
+    pub(crate) pack_target: AtomicU64,
 }
 
 impl Repository {
@@ -129,8 +132,15 @@ impl Repository {
                 cache_dir,
                 frames: FrameCache::default(),
                 pages: PageCache::default(),
+                pack_target: AtomicU64::new(crate::pack::TARGET_LEN),
             }),
         }
+    }
+
+    /// Makes this handle's writers close packs early, so that little data makes many packs.
+    #[cfg(feature = "test-support")]
+    pub fn set_pack_target(&self, bytes: u64) {
+        self.inner.pack_target.store(bytes, std::sync::atomic::Ordering::Relaxed);
     }
 
     /// Identity.

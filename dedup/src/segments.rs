@@ -13,7 +13,7 @@ use crate::error::{RepoError, Result};
 use crate::id::{hex, hex_decode, random};
 use crate::index::{Batch, MAX_SEGMENT_LEN, encode_segment};
 use crate::object::{HEADER_LEN, Header, Kind, Sealer, Section, damaged, open_body, seal_body};
-use crate::pack::{FOOTER_LEN, footer};
+use crate::pack::{FOOTER_LEN, PackInfo, decode_entry, footer};
 use crate::pool::block_on;
 use crate::repo::{Inner, PARALLEL};
 use crate::store::ObjectInfo;
@@ -204,6 +204,21 @@ impl Inner {
             .ok_or_else(|| damaged(key, "its index does not decrypt"))?;
         // The entry names its own pack: one from elsewhere would have failed to decrypt.
         Ok((key.clone(), entry))
+    }
+
+    /// Checks a pack's header and the index at its end against what the index knows of it.
+    pub(crate) async fn check_pack_ends(
+        &self,
+        object: &ObjectInfo,
+        known: &PackInfo,
+    ) -> Result<()> {
+        let (key, entry) = self.pack_entry(object).await?;
+        let (name, mut fields) = (&self.name, Fields::new(&entry));
+        let found = decode_entry(name, &key, &self.id, &mut fields, &mut |_, _, _| {})?;
+        if found != *known || !fields.is_empty() {
+            return Err(damaged(&key, "its own index differs from the index segment"));
+        }
+        Ok(())
     }
 
     fn cache_path(&self, key: &str) -> Option<PathBuf> {

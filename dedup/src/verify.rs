@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use futures::StreamExt;
 use serde::Serialize;
 use uuid::Uuid;
 
@@ -13,10 +14,12 @@ use crate::fetch::Pages;
 use crate::frame::Content;
 use crate::id::BlobId;
 use crate::map::{FANOUT, PageSource, Root, Walker, chunk_count};
-use crate::object::damaged;
+use crate::object::{HASH_LEN, damaged};
+use crate::pack::PackInfo;
 use crate::pool::block_on;
 use crate::reader::{Piece, Stream};
-use crate::repo::{Inner, Repository};
+use crate::repo::{Inner, PARALLEL, Repository};
+use crate::store::{ObjectInfo, Store};
 use crate::{CHUNK, DiskRoot, Manifest, manifest};
 
 /// More damage than this is counted and not listed.
@@ -75,7 +78,9 @@ impl Repository {
         inner.refresh()?;
         let mut check = Check {
             inner,
-            packs: inner.list_packs()?.into_iter().map(|(id, o)| (id, o.size)).collect(),
+            packs: inner.list_packs()?.into_iter().collect(),
+            used: HashMap::new(),
+            adopted: false,
             total: manifest::roots(&manifest).map(|root| root.size).sum(),
             done: 0,
             progress,
@@ -87,6 +92,7 @@ impl Repository {
             check.map(&name, root, read_data)?;
         }
         if read_data {
+            check.pack_ends()?;
             check.segments()?;
         }
         progress(check.total, check.total);
@@ -156,7 +162,11 @@ fn named_roots(manifest: &Manifest) -> impl Iterator<Item = (String, &DiskRoot)>
 struct Check<'a> {
     inner: &'a Arc<Inner>,
     /// Packs in the store and their lengths.
-    packs: HashMap<[u8; 16], u64>,
+    packs: HashMap<[u8; 16], ObjectInfo>,
+    /// Packs that hold the restore point's chunks.
+    used: HashMap<[u8; 16], Arc<PackInfo>>,
+    /// Packs that no segment describes have been looked at.
+    adopted: bool,
     total: u64,
     done: u64,
     progress: &'a (dyn Fn(u64, u64) + Sync),
@@ -176,18 +186,17 @@ impl Check<'_> {
 
     fn map(&mut self, name: &str, root: &DiskRoot, read_data: bool) -> Result<()> {
         let root = Root::parse(root)?;
-        let walker = Walker::new(&root, 0..chunk_count(root.size));
+        let walk = || Walker::new(&root, 0..chunk_count(root.size));
         let before = self.done;
+        self.structure(name, walk(), read_data)?;
         if read_data {
-            let mut stream = Stream::new(self.inner.clone(), walker);
+            let mut stream = Stream::new(self.inner.clone(), walk());
             let cancel = self.cancel;
             stream.run(cancel, &mut |piece| {
                 (self.progress)(before + piece.chunks.start * CHUNK, self.total);
                 self.piece(name, piece);
                 Ok(())
             })?;
-        } else {
-            self.structure(name, walker)?;
         }
         self.done = before + root.size;
         (self.progress)(self.done, self.total);
@@ -207,8 +216,8 @@ impl Check<'_> {
         }
     }
 
-    /// Every page is read; chunks are looked up.
-    fn structure(&mut self, name: &str, mut walker: Walker) -> Result<()> {
+    /// Every page is read; chunks are looked up, and unless they are read later, that is all.
+    fn structure(&mut self, name: &str, mut walker: Walker, read_later: bool) -> Result<()> {
         let mut pages = Pages::new(self.inner.clone());
         let before = self.done;
         loop {
@@ -219,6 +228,8 @@ impl Check<'_> {
             let spans = match walker.next(&mut pages, &mut failed) {
                 Ok(Some(spans)) => spans,
                 Ok(None) => return Ok(()),
+                // The reading will come upon it again.
+                Err(RepoError::Damaged { .. }) if read_later => continue,
                 Err(e @ RepoError::Damaged { .. }) => {
                     self.piece(name, Piece { chunks: failed.unwrap_or(0..0), data: Err(e) });
                     continue;
@@ -226,49 +237,125 @@ impl Check<'_> {
                 Err(e) => return Err(e),
             };
             for span in spans {
-                self.report.chunks += 1;
-                self.report.bytes += CHUNK;
-                if let Err(e) = self.stored(&span.id) {
-                    let chunks = span.first..span.first + 1;
-                    self.piece(name, Piece { chunks, data: Err(e) });
+                let stored = self.stored(&span.id)?;
+                if read_later {
+                    continue;
                 }
                 if span.first.is_multiple_of(FANOUT) {
                     (self.progress)(before + span.first * CHUNK, self.total);
+                }
+                self.report.chunks += 1;
+                self.report.bytes += CHUNK;
+                if let Err(e) = stored {
+                    let chunks = span.first..span.first + 1;
+                    self.piece(name, Piece { chunks, data: Err(e) });
                 }
             }
         }
     }
 
     /// Whether some pack that holds the chunk is in the store, whole.
-    fn stored(&self, id: &BlobId) -> Result<()> {
-        let places = self.inner.index.read().locate(id);
+    fn stored(&mut self, id: &BlobId) -> Result<Result<()>> {
+        let mut places = self.inner.index.read().locate(id);
+        if places.is_empty() && !self.adopted {
+            self.adopted = true;
+            self.inner.adopt_unindexed()?;
+            places = self.inner.index.read().locate(id);
+        }
         let mut failure = damaged(&format!("blob {id}"), "it is in no pack");
         for place in places {
             let pack = &place.pack;
+            self.used.entry(pack.header.object).or_insert_with(|| pack.clone());
             failure = match self.packs.get(&pack.header.object) {
                 _ if place.info().content != Content::Chunks => {
                     damaged(&pack.key(), format!("{id} is not a chunk"))
                 }
-                Some(len) if *len == pack.len => return Ok(()),
-                Some(len) => {
+                Some(object) if object.size == pack.len => return Ok(Ok(())),
+                Some(ObjectInfo { size, .. }) => {
                     let expected = pack.len;
-                    damaged(&pack.key(), format!("{len} bytes long instead of {expected}"))
+                    damaged(&pack.key(), format!("{size} bytes long instead of {expected}"))
                 }
                 None => damaged(&pack.key(), "the pack is missing"),
             };
         }
-        Err(failure)
+        Ok(Err(failure))
+    }
+
+    /// Header and own index of the packs: redundant as long as the segments are there.
+    fn pack_ends(&mut self) -> Result<()> {
+        let used = std::mem::take(&mut self.used);
+        let known = used.iter().filter_map(|(id, pack)| Some((self.packs.get(id)?.clone(), pack)));
+        let inner = self.inner;
+        let results: Vec<Result<()>> = block_on(
+            futures::stream::iter(known)
+                .map(|(object, pack)| async move { inner.check_pack_ends(&object, pack).await })
+                .buffered(PARALLEL)
+                .collect(),
+        );
+        results.into_iter().try_for_each(|result| self.note(result))
     }
 
     /// Index segments: redundant, since packs hold their own index, but worth knowing about.
     fn segments(&mut self) -> Result<()> {
         for object in self.inner.list_segments()? {
-            match block_on(self.inner.check_segment(&object)) {
-                Ok(()) | Err(RepoError::Missing { .. }) => {}
-                Err(e @ RepoError::Damaged { .. }) => self.damage(e.to_string()),
-                Err(e) => return Err(e),
-            }
+            let checked = block_on(self.inner.check_segment(&object));
+            self.note(checked)?;
         }
         Ok(())
     }
+
+    /// Damage is noted; an object that has gone meanwhile is none.
+    fn note(&mut self, result: Result<()>) -> Result<()> {
+        match result {
+            Err(e @ RepoError::Damaged { .. }) => self.damage(e.to_string()),
+            Err(RepoError::Missing { .. }) => {}
+            other => return other,
+        }
+        Ok(())
+    }
+}
+
+/// Reads every object of a repository whole and checks the hash at its end. Needs no key: an off-site
+/// copy can be scrubbed by someone who must not read it.
+pub fn scrub(
+    store: &dyn Store,
+    progress: &(dyn Fn(u64, u64) + Sync),
+    cancel: &AtomicBool,
+) -> Result<VerifyReport> {
+    let ours = ["config", "keys/", "packs/", "index/", "points/"];
+    let mut objects = block_on(store.list(""))?;
+    objects.retain(|object| ours.iter().any(|prefix| object.key.starts_with(prefix)));
+    let total = objects.iter().map(|object| object.size).sum();
+    let mut report = VerifyReport::default();
+    for object in objects {
+        match scrub_object(store, &object, cancel) {
+            Ok(()) | Err(RepoError::Missing { .. }) => {}
+            Err(e @ RepoError::Damaged { .. }) => report.damage.push(e.to_string()),
+            Err(e) => return Err(e),
+        }
+        report.bytes += object.size;
+        progress(report.bytes, total);
+    }
+    Ok(report)
+}
+
+fn scrub_object(store: &dyn Store, object: &ObjectInfo, cancel: &AtomicBool) -> Result<()> {
+    const STEP: u64 = 8 << 20;
+    let key = &object.key;
+    let body = object
+        .size
+        .checked_sub(HASH_LEN as u64)
+        .ok_or_else(|| damaged(key, "the object is cut short"))?;
+    let mut hasher = blake3::Hasher::new();
+    for start in (0..body).step_by(STEP as usize) {
+        if cancel.load(Ordering::Relaxed) {
+            return Err(RepoError::Cancelled);
+        }
+        hasher.update(&block_on(store.get_range(key, start..(start + STEP).min(body)))?);
+    }
+    let hash = block_on(store.get_range(key, body..object.size))?;
+    if hasher.finalize().as_bytes()[..] != hash[..] {
+        return Err(damaged(key, "the content does not match its hash"));
+    }
+    Ok(())
 }

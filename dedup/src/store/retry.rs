@@ -14,8 +14,9 @@ pub(super) struct Policy {
     pub(super) timeout: Duration,
 }
 
-/// Lowest speed at which a transfer is still waited for.
-const SLOWEST_BYTES_PER_SECOND: u64 = 64 * 1024;
+/// Lowest speed at which a transfer is still waited for; over slower lines a larger
+/// `timeout_seconds` helps.
+const SLOWEST_BYTES_PER_SECOND: u64 = 256 * 1024;
 /// First pause; each is twice as long as the one before.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 /// Longest pause.

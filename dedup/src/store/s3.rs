@@ -8,9 +8,11 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::aws::{AmazonS3, AmazonS3Builder, S3ConditionalPut};
+use object_store::list::{PaginatedListOptions, PaginatedListStore};
 use object_store::path::Path;
 use object_store::{
-    ClientOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, RetryConfig,
+    ClientOptions, GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
+    RetryConfig,
 };
 use url::Url;
 
@@ -21,6 +23,8 @@ use crate::error::{RepoError, Result};
 /// How much of each end is compared when a create finds its key taken: for the objects of this crate,
 /// which end in a hash of all before, that decides whether they are the same.
 const COMPARED: u64 = 64 * 1024;
+/// More than any object: reads watch over their progress themselves.
+const LONGEST_READ: u64 = 1 << 30;
 const RETRY_SECONDS: u64 = 60;
 const TIMEOUT_SECONDS: u64 = 30;
 
@@ -154,13 +158,13 @@ impl S3Store {
 
     fn path(&self, key: &str) -> Result<Path> {
         check_key(key)?;
-        Ok(self.prefixed(key))
+        Ok(Path::from(self.full_key(key)))
     }
 
-    fn prefixed(&self, key: &str) -> Path {
+    fn full_key(&self, key: &str) -> String {
         match self.prefix.as_str() {
-            "" => Path::from(key),
-            prefix => Path::from(format!("{prefix}/{key}")),
+            "" => key.to_owned(),
+            prefix => format!("{prefix}/{key}"),
         }
     }
 
@@ -172,8 +176,9 @@ impl S3Store {
         let detail = excerpt(&text);
         let key = key.to_owned();
         let status = status(&text);
+        // Listings wrap the same failures in another type: the status counts first.
         match error {
-            E::NotFound { .. } if text.contains("NoSuchBucket") => {
+            E::NotFound { .. } | E::Generic { .. } if text.contains("NoSuchBucket") => {
                 Failure::Final(RepoError::NoSuchStore { store, detail })
             }
             E::NotFound { .. } => Failure::Final(RepoError::Missing { store, key }),
@@ -187,6 +192,9 @@ impl S3Store {
                 Failure::Final(RepoError::AccessDenied { store, detail })
             }
             E::PermissionDenied { .. } | E::Unauthenticated { .. } => {
+                Failure::Final(RepoError::AccessDenied { store, detail })
+            }
+            _ if matches!(status, Some(401 | 403)) => {
                 Failure::Final(RepoError::AccessDenied { store, detail })
             }
             _ if status == Some(507) || no_space(&text) => {
@@ -225,6 +233,37 @@ impl S3Store {
                 async move { attempt.await.map_err(|e| self.failure(op, key, &e)) }
             })
             .await
+    }
+
+    /// Reads an object or a part of it. However long that takes: each piece has its deadline.
+    async fn read(&self, key: &str, options: GetOptions) -> Result<Bytes> {
+        let path = self.path(key)?;
+        let attempt = || async {
+            let failed = |e: object_store::Error| self.failure("read", key, &e);
+            let silent = |_| {
+                let seconds = self.policy.timeout.as_secs();
+                Failure::Transient(format!("no answer, or no more of it, for {seconds} s"))
+            };
+            let answer = self.client.get_opts(&path, options.clone());
+            let result = tokio::time::timeout(self.policy.timeout, answer)
+                .await
+                .map_err(silent)?
+                .map_err(failed)?;
+            let mut pieces = Vec::new();
+            let mut stream = result.into_stream();
+            loop {
+                let piece = tokio::time::timeout(self.policy.timeout, stream.try_next());
+                match piece.await.map_err(silent)?.map_err(failed)? {
+                    Some(piece) => pieces.push(piece),
+                    None => break,
+                }
+            }
+            Ok(match pieces.len() {
+                1 => pieces.swap_remove(0),
+                _ => pieces.concat().into(),
+            })
+        };
+        self.policy.run(&self.name, LONGEST_READ, attempt).await
     }
 
     /// Whether an object is the one that we meant to create.
@@ -287,17 +326,14 @@ impl Store for S3Store {
     }
 
     async fn get(&self, key: &str) -> Result<Bytes> {
-        let size = self.size(key).await?;
-        if size == 0 {
-            return Ok(Bytes::new());
-        }
-        self.get_range(key, 0..size).await
+        self.read(key, GetOptions::default()).await
     }
 
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
-        let path = self.path(key)?;
-        let len = range.end.saturating_sub(range.start);
-        self.run("read", key, len, || self.client.get_range(&path, range.clone())).await
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        self.read(key, GetOptions { range: Some(range.into()), ..Default::default() }).await
     }
 
     async fn size(&self, key: &str) -> Result<u64> {
@@ -306,21 +342,29 @@ impl Store for S3Store {
     }
 
     async fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>> {
-        // The client lists whole path segments; what is finer is sorted out here.
-        let folder = prefix.rsplit_once('/').map_or("", |(folder, _)| folder);
-        let path = self.prefixed(folder);
-        let strip = if self.prefix.is_empty() { 0 } else { self.prefix.len() + 1 };
-        let found: Vec<_> = self
-            .run("list", prefix, 0, || self.client.list(Some(&path)).try_collect::<Vec<_>>())
-            .await?;
-        let mut objects: Vec<ObjectInfo> = found
-            .into_iter()
-            .filter_map(|meta| {
+        // By the very characters, unlike the client's ordinary listing: `config` must not list the
+        // whole repository.
+        let full = self.full_key(prefix);
+        let strip = full.len() - prefix.len();
+        let (mut objects, mut token) = (Vec::new(), None);
+        loop {
+            let page = self
+                .run("list", prefix, 0, || {
+                    let page_token = token.clone();
+                    let options = PaginatedListOptions { page_token, ..Default::default() };
+                    self.client.list_paginated(Some(&full), options)
+                })
+                .await?;
+            objects.extend(page.result.objects.into_iter().filter_map(|meta| {
                 let key = meta.location.as_ref().get(strip..)?.to_owned();
                 (key.starts_with(prefix) && check_key(&key).is_ok())
                     .then_some(ObjectInfo { key, size: meta.size })
-            })
-            .collect();
+            }));
+            if page.page_token.is_none() || page.page_token == token {
+                break;
+            }
+            token = page.page_token;
+        }
         objects.sort_unstable_by(|a, b| a.key.cmp(&b.key));
         Ok(objects)
     }

@@ -1,11 +1,9 @@
-//! For tests: a store in memory that fails on purpose, a real S3 service on a free port, and a proxy
-//! in front of it that misbehaves.
+//! For tests: a store in memory that fails on purpose, and a proxy that misbehaves in front of a real
+//! one.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod memory;
 mod proxy;
-mod weed;
 
 pub use memory::{Fault, MemoryStore};
 pub use proxy::{FaultProxy, Misbehaviour};
-pub use weed::Weed;

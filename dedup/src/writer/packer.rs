@@ -3,6 +3,7 @@
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use tokio::task::JoinHandle;
@@ -13,7 +14,7 @@ use crate::frame::{self, CHUNK_LEN, Content, FRAME_CHUNKS, FRAME_PAGES, FrameInf
 use crate::id::{BlobId, random};
 use crate::index::SEGMENT_TARGET_LEN;
 use crate::object::{HEADER_LEN, Header, Kind, Sealer, Section, TAG_LEN};
-use crate::pack::{FOOTER_LEN, MAX_FRAMES, PackInfo, TARGET_LEN, encode_entry, entry_len};
+use crate::pack::{FOOTER_LEN, MAX_FRAMES, PackInfo, encode_entry, entry_len};
 use crate::pool::{self, Job, block_on};
 use crate::repo::Inner;
 
@@ -258,12 +259,13 @@ impl Packer {
         let Some(pack) = &mut self.pack else { return Ok(()) };
         pack.settle(pool::workers() + SPARE_FRAMES - 1)?;
         let number = pack.count();
+        let target = self.inner.pack_target.load(Ordering::Relaxed);
         let (sealer, level, raw_len) = (pack.sealer.clone(), self.level, frame.raw.len() as u32);
         let raw = frame.raw;
         let job = pool::spawn(move || frame::encode(&sealer, number, raw, level));
         let content = frame.content;
         pack.in_flight.push_back(InFlight { content, raw: raw_len, ids: frame.ids, job });
-        if pack.len >= TARGET_LEN || pack.count() >= MAX_FRAMES - 1 {
+        if pack.len >= target || pack.count() >= MAX_FRAMES - 1 {
             self.close_pack()?;
         }
         Ok(())

@@ -108,3 +108,20 @@ fn chunks_and_maps_larger_than_one_frame_and_one_window_read_back() {
     let root = &other.point(point.point).unwrap().disks[0].root;
     assert!(read_disk(&other, root).unwrap() == content);
 }
+
+#[test]
+fn a_disk_that_was_cut_reads_zeros_there_when_it_grows_again() {
+    let (_, repository) = memory();
+    let mut content = noise(3, 66 * C);
+    let mut base = put_point(&repository, 1, &content).unwrap().disks[0].root.clone();
+    // Cut within a chunk of the second leaf, then within the first, then grown past both.
+    for (n, size) in [(2, 65 * C - 1), (3, 10 * C + 7), (4, 70 * C + 1)] {
+        content.resize(size, 0);
+        let mut writer = repository.begin(Compression::Fast).unwrap();
+        base = writer.disk(size as u64, Some(&base)).unwrap().finish().unwrap();
+        writer.commit(manifest(n, vec![("disk0", base.clone())])).unwrap();
+        assert!(read_disk(&repository, &base).unwrap() == content, "at {size}");
+    }
+    let data = repository.open_disk(&base).unwrap().data_ranges(0..70 * CHUNK).unwrap();
+    assert_eq!(data, [0..11 * CHUNK]);
+}

@@ -18,8 +18,12 @@ pub(crate) fn passphrase() -> Passphrase {
 }
 
 pub(crate) fn create(store: Arc<dyn Store>) -> Repository {
+    try_create(store).unwrap()
+}
+
+pub(crate) fn try_create(store: Arc<dyn Store>) -> Result<Repository> {
     let options = OpenOptions::default();
-    Repository::create_with(store, &passphrase(), &options, KdfCost::CHEAP).unwrap()
+    Repository::create_with(store, &passphrase(), &options, KdfCost::CHEAP)
 }
 
 pub(crate) fn open(store: Arc<dyn Store>) -> Result<Repository> {
