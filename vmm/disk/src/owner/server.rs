@@ -172,7 +172,8 @@ impl Owner {
                 Err(RecvTimeoutError::Timeout) => {}
             }
             for disk in &self.disks {
-                if let Err(error) = disk.chain.flush_map() {
+                // One at a time with checkpoints: a pause would have to wait for the syncs in here.
+                if let Err(error) = self.change(|_| disk.chain.flush_map()) {
                     // Nothing is lost: what could not be flushed is re-read after a crash.
                     tracing::warn!(disk = disk.name, %error, "change tracking not flushed");
                 }

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::{MIB, MergeState, OwnerProcess, PATIENCE, Vm, content, reach};
@@ -33,11 +35,13 @@ impl Random {
 struct Model {
     pages: Vec<Vec<u64>>,
     next: u64,
+    /// Writes of the present owner's life: its death is timed by them, not by a clock.
+    writes: Arc<AtomicU64>,
 }
 
 impl Model {
     fn new(size: u64) -> Self {
-        Self { pages: vec![vec![0]; (size / PAGE) as usize], next: 1 }
+        Self { pages: vec![vec![0]; (size / PAGE) as usize], next: 1, writes: Arc::default() }
     }
 
     fn write(&mut self, disk: &nbd::Client, random: &mut Random) -> Result<()> {
@@ -45,6 +49,7 @@ impl Model {
         let first = random.below(self.pages.len() as u64 - pages);
         let value = self.next;
         self.next += 1;
+        self.writes.fetch_add(1, Ordering::Relaxed);
         for page in first..first + pages {
             self.pages[page as usize].push(value);
         }
@@ -152,18 +157,20 @@ fn recover(vm: &Vm, stage: &Stage, leaf: &Path) -> PathBuf {
     }
 }
 
-fn life_and_death(vm: &Vm, model: &mut Model, seed: u64) {
+/// Gives the stage in which the owner died.
+fn life_and_death(vm: &Vm, model: &mut Model, seed: u64) -> Stage {
     let mut random = Random(seed);
     let base = vm.file("a.vhdx");
     let new = vm.file(&format!("a_{seed}.avhdx"));
     let mut owner = OwnerProcess::start(&vm.config(&[("a", "a.vhdx")]));
     let mut stage = Stage::Preparing;
     let mut seal = None;
-    // Reached before the clock starts, so that kills fall into work and not into start-up.
-    reach(&vm.control());
-    let delay = Duration::from_micros(random.below(120_000));
+    model.writes.store(0, Ordering::Relaxed);
+    let (writes, death) = (model.writes.clone(), random.below(120));
+    let delay = Duration::from_micros(random.below(4000));
     std::thread::scope(|scope| {
         scope.spawn(|| {
+            eventually(|| writes.load(Ordering::Relaxed) >= death);
             std::thread::sleep(delay);
             owner.kill();
         });
@@ -193,6 +200,7 @@ fn life_and_death(vm: &Vm, model: &mut Model, seed: u64) {
         .filter(|name| name.contains(".avhdx") && !name.ends_with(".new"))
         .collect();
     assert!(left.is_empty(), "{left:?}");
+    stage
 }
 
 /// Every granule that differs from the sealed content is in the answer.
@@ -214,9 +222,12 @@ fn i3_i5_kills_at_any_moment_lose_no_flushed_write_and_no_change() {
     let vm = Vm::sized(&["a"], 8 * MIB);
     let mut model = Model::new(8 * MIB);
     let kills = std::env::var("TIDEMARK_SOAK").map_or(12, |n| n.parse().unwrap());
+    let mut in_use = 0;
     for seed in 1..=kills {
-        life_and_death(&vm, &mut model, seed);
+        let stage = life_and_death(&vm, &mut model, seed);
+        in_use += u64::from(matches!(stage, Stage::Switched | Stage::Merged));
     }
+    assert!(in_use * 4 > kills, "only {in_use} of {kills} kills came after the switch");
 }
 
 #[test]
@@ -282,6 +293,6 @@ fn eventually(done: impl Fn() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < PATIENCE);
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(Duration::from_micros(100));
     }
 }

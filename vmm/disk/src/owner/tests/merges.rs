@@ -104,7 +104,7 @@ fn a_cancelled_merge_leaves_the_disk_whole_and_goes_on_when_asked() {
     disk.write_at(0, &model).unwrap();
     let child = vm.file("a_one.avhdx");
     let mut stopped = 0;
-    for _ in 0..20 {
+    for _ in 0..5 {
         must(&mut client, &start("a", &child));
         must(&mut client, &Request::CancelMerge { disk: "a".to_owned() });
         let state = report(&mut client).disks.remove(0).merge;
