@@ -2,6 +2,7 @@
 //! entries leave free.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::layout::{MIB, Region};
@@ -219,6 +220,8 @@ pub(crate) struct Space {
     block_size: u64,
     /// Free places of one block each. Their old content is still there.
     free: BTreeSet<u64>,
+    /// What the open found unused, last one first; ranges, for a sparse file may be of any length.
+    gaps: Vec<Range<u64>>,
     /// Everything from here on is unused, and zero where the file reaches.
     end: u64,
 }
@@ -234,7 +237,7 @@ pub(crate) struct Place {
 impl Space {
     fn new(mut spans: Vec<(u64, u64)>, block_size: u64, file_len: u64) -> Result<Self, String> {
         spans.sort_unstable();
-        let mut free = BTreeSet::new();
+        let mut gaps = Vec::new();
         let mut at = MIB;
         for (start, end) in spans {
             if start < at {
@@ -243,27 +246,34 @@ impl Space {
             if end > file_len {
                 return Err(format!("a structure ends at {end}, after the file's end {file_len}"));
             }
-            while at + block_size <= start {
-                free.insert(at);
-                at += block_size;
-            }
+            gaps.push(at..start);
             at = end;
         }
         // What lies between the last structure and the file's end was allocated but never committed:
         // it may hold anything.
-        while at + block_size <= file_len {
-            free.insert(at);
-            at += block_size;
-        }
-        Ok(Self { block_size, free, end: at.max(file_len.next_multiple_of(MIB)) })
+        gaps.push(at..file_len / MIB * MIB);
+        gaps.retain(|gap| gap.start + block_size <= gap.end);
+        gaps.reverse();
+        let end = at.max(file_len.next_multiple_of(MIB));
+        Ok(Self { block_size, free: BTreeSet::new(), gaps, end })
     }
 
     /// A place for a payload block.
     pub(crate) fn take_block(&mut self) -> Place {
-        match self.free.pop_first() {
+        match self.take_gap().or_else(|| self.free.pop_first()) {
             Some(offset) => Place { offset, used: true },
             None => self.take_end(self.block_size),
         }
+    }
+
+    fn take_gap(&mut self) -> Option<u64> {
+        let gap = self.gaps.last_mut()?;
+        let offset = gap.start;
+        gap.start += self.block_size;
+        if gap.start + self.block_size > gap.end {
+            self.gaps.pop();
+        }
+        Some(offset)
     }
 
     /// A place at the end of the file.

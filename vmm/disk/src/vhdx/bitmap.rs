@@ -19,6 +19,8 @@ pub(crate) struct Pending {
     pub(crate) dirty_bat: BTreeSet<u64>,
     /// Places that become free when the log says so.
     pub(crate) freed: Vec<u64>,
+    /// Blocks set to NOT_PRESENT since the last flush began.
+    pub(crate) released: BTreeSet<u64>,
 }
 
 impl Pending {

@@ -38,6 +38,12 @@ pub(crate) fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     sync_parent(path)
 }
 
+/// Creates in empty storage; `path` is for messages and the parent locator.
+#[cfg(test)]
+pub(crate) fn create_in(path: &Path, storage: &dyn Storage, options: &CreateOptions) -> Result<()> {
+    write(path, storage, &metadata(path, options)?)
+}
+
 fn metadata(path: &Path, options: &CreateOptions) -> Result<Metadata> {
     let metadata = Metadata {
         geometry: Geometry {

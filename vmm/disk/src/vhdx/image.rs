@@ -13,7 +13,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard};
 use uuid::Uuid;
 
 use super::bat::{BITMAP_BLOCK, Bat, Payload, Place, Shape, Space};
@@ -52,6 +52,9 @@ pub struct Vhdx {
     unsynced: AtomicBool,
     /// A sync or metadata write failed: what is on disk is unknown, nothing more may be promised.
     failed: AtomicBool,
+    /// A fault that crash tests must notice.
+    #[cfg(test)]
+    pub(crate) reuse_early: bool,
 }
 
 impl Vhdx {
@@ -96,7 +99,15 @@ impl Vhdx {
             replay,
             unsynced: AtomicBool::new(false),
             failed: AtomicBool::new(false),
+            #[cfg(test)]
+            reuse_early: false,
         })
+    }
+
+    /// Makes every flush take several log entries.
+    #[cfg(test)]
+    pub(crate) fn limit_log_entries(&self, pages: usize) {
+        self.journal.lock().page_limit = pages;
     }
 
     /// The file's path.
@@ -151,10 +162,17 @@ impl Vhdx {
         Ok(())
     }
 
-    fn check_writable(&self) -> Result<()> {
-        if *self.access.read() == Access::ReadOnly {
+    /// Held by everything that writes: [`Vhdx::freeze`] waits for it.
+    fn writable(&self) -> Result<RwLockReadGuard<'_, Access>> {
+        let access = self.access.read();
+        if *access == Access::ReadOnly {
             return Err(DiskError::ReadOnly { path: self.path.clone() });
         }
+        self.check_failed()?;
+        Ok(access)
+    }
+
+    fn check_failed(&self) -> Result<()> {
         if self.failed.load(Ordering::Acquire) {
             return Err(DiskError::State(format!(
                 "{}: an earlier write of metadata failed; close the disk and open it again",
@@ -162,6 +180,12 @@ impl Vhdx {
             )));
         }
         Ok(())
+    }
+
+    /// After a failed sync or header write it is unknown what is on disk, and a later sync may well
+    /// succeed without the lost pages: no more promises.
+    fn or_fail<T>(&self, done: Result<T>) -> Result<T> {
+        done.inspect_err(|_| self.failed.store(true, Ordering::Release))
     }
 
     /// The parts of a range, one per block: block, offset in the block, offset in the range, length.
@@ -269,7 +293,7 @@ impl Vhdx {
 
     /// Writes; allocates blocks (partial ones in a differencing file) as needed. No sync.
     pub fn write_at(&self, offset: u64, buf: &[u8]) -> Result<()> {
-        self.check_writable()?;
+        let _writable = self.writable()?;
         self.check_range(offset, buf.len() as u64)?;
         for (block, within, at, n) in self.pieces(offset, buf.len() as u64) {
             self.write_block(block, within, &buf[at as usize..(at + n) as usize])?;
@@ -358,6 +382,12 @@ impl Vhdx {
 
     /// A new block that holds only the written sectors.
     fn allocate_partial(&self, block: u64, within: u64, data: &[u8]) -> Result<()> {
+        if self.pending.read().released.contains(&block) {
+            // The file's table may still give the block's old place as partial. A flush that takes
+            // several log entries would put the new bits beside it, and a kill between them leaves
+            // sectors that were never written.
+            self.flush_pending()?;
+        }
         self.load_bitmap(block)?;
         let bitmap = match self.bat.bitmap(&self.shape, block) {
             Some(_) => None,
@@ -416,7 +446,7 @@ impl Vhdx {
 
     /// Makes the range read as zeros; whole blocks become ZERO and free their space.
     pub fn write_zeroes(&self, offset: u64, len: u64) -> Result<()> {
-        self.check_writable()?;
+        let _writable = self.writable()?;
         self.check_range(offset, len)?;
         for (block, within, _, n) in self.pieces(offset, len) {
             let start = block * self.shape.block_size;
@@ -441,9 +471,19 @@ impl Vhdx {
         let mut pending = self.pending.write();
         // In a differencing file never NOT_PRESENT: that would bring the parent's data back.
         self.set_payload(&mut pending, block, Payload { state: BlockState::Zero, offset: 0 });
-        if matches!(payload.state, BlockState::Full | BlockState::Partial) {
-            pending.freed.push(payload.offset);
+        self.free_later(&mut pending, payload);
+    }
+
+    /// A block has left its place, which may be used again when the log says so.
+    fn free_later(&self, pending: &mut Pending, payload: Payload) {
+        if !matches!(payload.state, BlockState::Full | BlockState::Partial) {
+            return;
         }
+        #[cfg(test)]
+        if self.reuse_early {
+            return self.space.lock().give_back(payload.offset);
+        }
+        pending.freed.push(payload.offset);
     }
 
     fn zero_part(&self, block: u64, within: u64, len: u64) -> Result<()> {
@@ -474,32 +514,43 @@ impl Vhdx {
     /// Makes completed writes and their metadata durable: at most two syncs (two more at the first new
     /// block after an open).
     pub fn flush(&self) -> Result<()> {
-        self.check_writable()?;
-        // Held throughout: a flush that finds nothing to do must still wait for the one that does it.
+        let _writable = self.writable()?;
+        self.flush_pending()
+    }
+
+    fn flush_pending(&self) -> Result<()> {
+        // Held throughout: a flush that finds nothing to do must still wait for the one that does it,
+        // and share its failure.
         let mut journal = self.journal.lock();
+        self.check_failed()?;
         let (updates, freed) = self.take_pending();
         if !self.unsynced.swap(false, Ordering::AcqRel) && updates.is_empty() {
             return Ok(());
         }
-        let done = self.storage.sync().map_err(self.io("sync")).and_then(|()| {
-            let end = self.space.lock().end();
-            journal.commit(&*self.storage, &updates, end)
-        });
-        if done.is_err() {
-            self.failed.store(true, Ordering::Release);
-        }
-        done?;
+        self.sync_and_commit(&mut journal, &updates)?;
         // Only now does no durable table entry point at these places any more.
         let mut space = self.space.lock();
         freed.into_iter().for_each(|offset| space.give_back(offset));
         Ok(())
     }
 
-    /// The metadata pages to log, bitmaps before the table: should they need several log entries, a
-    /// block's bits are there before the table points at it (a block becomes partial only from
-    /// NOT_PRESENT, in which state nobody looks at its bits).
+    /// Syncs payload, and the pages that the commit before put in place; then commits.
+    fn sync_and_commit(&self, journal: &mut Journal, updates: &[Update]) -> Result<()> {
+        let stable = self.storage.len().map_err(self.io("examine"))?;
+        let done = self.storage.sync().map_err(self.io("sync")).and_then(|()| {
+            let end = self.space.lock().end();
+            journal.commit(&*self.storage, updates, stable, end)
+        });
+        self.or_fail(done)
+    }
+
+    /// The metadata pages to log, in an order that holds should they need several log entries. Bitmaps
+    /// come before the table: a block's bits are there before the table points at it (a block becomes
+    /// partial only from NOT_PRESENT, in which state nobody looks at its bits). The table goes
+    /// backwards: a chunk's bitmap entry follows its blocks', and no partial block may lack it.
     fn take_pending(&self) -> (Vec<Update>, Vec<u64>) {
         let mut pending = self.pending.write();
+        pending.released.clear();
         let bitmaps = std::mem::take(&mut pending.dirty_bitmap);
         let tables = std::mem::take(&mut pending.dirty_bat);
         let mut updates = Vec::with_capacity(bitmaps.len() + tables.len());
@@ -510,7 +561,7 @@ impl Vhdx {
                 updates.push(Update::Data { offset, page: Box::new(*page) });
             }
         }
-        for number in tables {
+        for number in tables.into_iter().rev() {
             let offset = self.regions.bat.offset + number * 4096;
             updates.push(Update::Data { offset, page: self.bat.page(number) });
         }
@@ -545,7 +596,7 @@ impl Vhdx {
     /// Merge only: sets the blocks to NOT_PRESENT, durable when this returns. Their content must
     /// already be durable in the parent, or guest data is lost.
     pub fn release_blocks(&self, indices: &[u64]) -> Result<()> {
-        self.check_writable()?;
+        let _writable = self.writable()?;
         for &block in indices {
             let _guard = self.stripe(block).write();
             let payload = self.bat.payload(&self.shape, block);
@@ -555,24 +606,27 @@ impl Vhdx {
                 block,
                 Payload { state: BlockState::NotPresent, offset: 0 },
             );
-            if matches!(payload.state, BlockState::Full | BlockState::Partial) {
-                pending.freed.push(payload.offset);
-            }
+            pending.released.insert(block);
+            self.free_later(&mut pending, payload);
         }
-        self.flush()
+        self.flush_pending()
     }
 
     /// Sets a new DataWriteGuid in both headers, durable when this returns. The caller has announced
     /// it in the tracking files and, during a merge, in the child's `linkage2`.
     pub fn set_data_write_guid(&self, guid: Uuid) -> Result<()> {
-        self.check_writable()?;
-        self.journal.lock().set_header(&*self.storage, |h| h.data_write_guid = guid)
+        let _writable = self.writable()?;
+        let mut journal = self.journal.lock();
+        self.check_failed()?;
+        self.or_fail(journal.set_header(&*self.storage, |h| h.data_write_guid = guid))
     }
 
     /// Rewrites the parent locator through the log, durable when this returns.
     pub fn set_parent(&self, locator: &ParentLocator) -> Result<()> {
-        self.check_writable()?;
-        self.flush()?;
+        let _writable = self.writable()?;
+        self.flush_pending()?;
+        let mut journal = self.journal.lock();
+        self.check_failed()?;
         let bad = |what: String| DiskError::corrupt(&self.path, what);
         let region = self.regions.metadata;
         let reader = Reader { path: &self.path, storage: &*self.storage, replay: None };
@@ -590,33 +644,43 @@ impl Vhdx {
                 Update::Data { offset: region.offset + i as u64 * 4096, page }
             })
             .collect();
-        let mut journal = self.journal.lock();
-        let end = self.space.lock().end();
-        // The pages in place from the commit before must be durable before the log moves on.
-        let done = self
-            .storage
-            .sync()
-            .map_err(self.io("sync"))
-            .and_then(|()| journal.commit(&*self.storage, &updates, end));
-        done.inspect_err(|_| self.failed.store(true, Ordering::Release))?;
+        if !journal.fits(&updates) {
+            return Err(DiskError::State(format!(
+                "{}: the log is too small for the parent locator",
+                self.path.display()
+            )));
+        }
+        self.sync_and_commit(&mut journal, &updates)?;
         self.metadata.write().parent = Some(locator.clone());
         Ok(())
     }
 
     /// Flushes and empties the log, so that tools which do not replay logs read the file right.
     pub fn make_clean(&self) -> Result<()> {
-        self.flush()?;
+        let _writable = self.writable()?;
+        self.clean()
+    }
+
+    fn clean(&self) -> Result<()> {
+        self.flush_pending()?;
         let mut journal = self.journal.lock();
-        self.storage.sync().map_err(self.io("sync"))?;
-        journal.close_log(&*self.storage)
+        self.check_failed()?;
+        let synced = self.storage.sync().map_err(self.io("sync"));
+        self.or_fail(synced.and_then(|()| journal.close_log(&*self.storage)))
     }
 
     /// Ends writing: clean, read-only from now on, the lock shared with other readers.
     pub fn freeze(&self) -> Result<()> {
-        self.make_clean()?;
-        *self.access.write() = Access::ReadOnly;
-        self.storage.lock(Access::ReadOnly).map_err(self.io("lock"))?;
-        Ok(())
+        drop(self.writable()?);
+        // Waits for writes on their way; later ones are refused.
+        let mut access = self.access.write();
+        self.clean()?;
+        *access = Access::ReadOnly;
+        match self.storage.lock(Access::ReadOnly).map_err(self.io("lock"))? {
+            true => Ok(()),
+            // Changing a lock lets go of it for a moment.
+            false => Err(DiskError::Busy { path: self.path.clone() }),
+        }
     }
 }
 
@@ -625,7 +689,7 @@ impl Drop for Vhdx {
         if *self.access.get_mut() == Access::ReadWrite && !*self.failed.get_mut() {
             // Best effort: without it the next open replays the log, and unflushed writes are lost as
             // after a power cut.
-            let _ = self.make_clean();
+            let _ = self.clean();
         }
     }
 }

@@ -32,6 +32,8 @@ pub(crate) struct Journal {
     sequence: u64,
     /// Where the next entry goes.
     position: u32,
+    /// The most pages that one entry takes; tests make it small.
+    pub(crate) page_limit: usize,
 }
 
 impl Journal {
@@ -44,6 +46,7 @@ impl Journal {
             active: false,
             sequence: 1,
             position: 0,
+            page_limit: usize::MAX,
         }
     }
 
@@ -52,7 +55,8 @@ impl Journal {
     }
 
     /// Changes the header: the older slot first, so that a kill leaves one valid header in any case;
-    /// then the other, so that both are fresh.
+    /// then the other, so that both are fresh. After an error it is not known which one is valid:
+    /// nothing may be written any more.
     pub(crate) fn set_header(
         &mut self,
         storage: &dyn Storage,
@@ -72,11 +76,14 @@ impl Journal {
 
     /// Commits metadata pages. On entry everything written before is synced (payload before metadata:
     /// an entry must not point at payload that is not there yet); on return the change is durable.
-    /// `file_end` is the size that holds all structures.
+    /// `stable` is the file's size before that sync: a reader refuses a file that is shorter than an
+    /// entry says, so a size that another thread has set since must not get into it. `file_end` is the
+    /// size that holds all structures.
     pub(crate) fn commit(
         &mut self,
         storage: &dyn Storage,
         updates: &[Update],
+        stable: u64,
         file_end: u64,
     ) -> Result<()> {
         let mut rest = updates;
@@ -88,17 +95,22 @@ impl Journal {
             }
             first = false;
             let (round, later) = rest.split_at(self.fitting(rest));
-            self.commit_round(storage, round, file_end)?;
+            self.commit_round(storage, round, stable / MIB * MIB, file_end)?;
             rest = later;
         }
         Ok(())
+    }
+
+    /// Whether one entry takes all of the updates, so that no kill comes between them.
+    pub(crate) fn fits(&self, updates: &[Update]) -> bool {
+        self.fitting(updates) >= updates.len()
     }
 
     /// How many of the updates one entry takes. A third of the log: the entry before the new one is
     /// then never overwritten, wherever the ring turns.
     fn fitting(&self, updates: &[Update]) -> usize {
         let limit = self.header.log_len as usize / 3;
-        let mut n = updates.len().min(limit / log::SECTOR);
+        let mut n = updates.len().min(limit / log::SECTOR).min(self.page_limit);
         while n > 1 && log::entry_len(&updates[..n]) > limit {
             n -= 1;
         }
@@ -109,10 +121,10 @@ impl Journal {
         &mut self,
         storage: &dyn Storage,
         updates: &[Update],
+        stable: u64,
         file_end: u64,
     ) -> Result<()> {
         let io = |op| move |path: &Path, e| DiskError::io(op, path, e);
-        let stable = storage.len().map_err(|e| io("examine")(&self.path, e))? / MIB * MIB;
         let len = log::entry_len(updates) as u32;
         if self.position + len > self.header.log_len {
             self.position = 0;

@@ -1,7 +1,9 @@
 //! One file against a plain model, against other programs, and against crashes.
 
+mod crash;
 mod model;
 mod oracles;
+mod recorder;
 
 use std::path::{Path, PathBuf};
 
