@@ -225,7 +225,7 @@ fn find(run: &[Entry], id: &BlobId) -> Option<usize> {
     let head = u64::from_be_bytes([
         id.0[0], id.0[1], id.0[2], id.0[3], id.0[4], id.0[5], id.0[6], id.0[7],
     ]);
-    let guess = (u128::from(head) * run.len() as u128 >> 64) as usize;
+    let guess = ((u128::from(head) * run.len() as u128) >> 64) as usize;
     let (mut low, mut high, mut step) = (guess, guess, 16);
     while low > 0 && run[low - 1].id >= *id {
         low = low.saturating_sub(step);

@@ -2,16 +2,19 @@
 //! its key without replacing anything; then the folder is synced. So an object is there whole and
 //! durable, or not at all, whenever the machine stops.
 
+use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use parking_lot::Mutex;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
@@ -28,27 +31,33 @@ const STALE: Duration = Duration::from_secs(24 * 3600);
 #[derive(Clone)]
 pub(super) struct LocalStore {
     root: Arc<PathBuf>,
+    /// There was no folder when the store was opened; the first object makes it. Without this, a
+    /// folder that vanishes (a disk unplugged) would look like an empty store.
+    unborn: Arc<AtomicBool>,
+    /// Folders below the root that are durable.
+    durable: Arc<Mutex<HashSet<PathBuf>>>,
 }
 
 impl LocalStore {
-    /// Opens the folder, making it if the folder above exists (so that an unmounted disk's mount
-    /// point deeper down is not taken for the disk).
+    /// Opens the folder. If only the folder above exists, the first object will make it; if that does
+    /// not exist either, a disk is perhaps not mounted.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let root = std::path::absolute(path)
             .map_err(|e| RepoError::Invalid(format!("{}: {e}", path.display())))?;
-        let store = Self { root: Arc::new(root) };
-        match fs::create_dir(&*store.root) {
-            Ok(()) => sync_dir(store.root.parent().unwrap_or(Path::new("/")))
-                .map_err(|e| store.error("create", "", &e))?,
-            Err(e) if e.kind() == ErrorKind::AlreadyExists => {}
-            Err(e) => return Err(store.error("open", "", &e)),
-        }
-        let meta = fs::metadata(&*store.root).map_err(|e| store.error("open", "", &e))?;
+        let unborn = Arc::new(AtomicBool::new(!root.exists()));
+        let store = Self { root: Arc::new(root), unborn, durable: Arc::default() };
+        let nearest = if store.is_unborn() { store.root.parent() } else { Some(&**store.root) };
+        let meta = fs::metadata(nearest.unwrap_or(Path::new("/")))
+            .map_err(|e| store.error("open", "", &e))?;
         if !meta.is_dir() {
             return Err(RepoError::Invalid(format!("{} is not a folder", store.root.display())));
         }
         store.remove_stale();
         Ok(store)
+    }
+
+    fn is_unborn(&self) -> bool {
+        self.unborn.load(Ordering::Relaxed)
     }
 
     fn remove_stale(&self) {
@@ -74,7 +83,7 @@ impl LocalStore {
     fn error(&self, op: &'static str, key: &str, e: &std::io::Error) -> RepoError {
         let (store, detail) = (self.describe(), e.to_string());
         match e.kind() {
-            ErrorKind::NotFound if key.is_empty() || !self.root.is_dir() => {
+            ErrorKind::NotFound if key.is_empty() || !(self.is_unborn() || self.root.is_dir()) => {
                 RepoError::NoSuchStore { store, detail }
             }
             ErrorKind::NotFound => RepoError::Missing { store, key: key.to_owned() },
@@ -92,6 +101,9 @@ impl LocalStore {
         let path = self.path(key)?;
         let fail = |e: std::io::Error| self.error("create", key, &e);
         let parent = path.parent().unwrap_or(&self.root);
+        if self.is_unborn() {
+            self.give_birth().map_err(fail)?;
+        }
         self.make_dirs(parent).map_err(fail)?;
         let temp = self.root.join(TEMP);
         self.make_dirs(&temp).map_err(fail)?;
@@ -119,9 +131,21 @@ impl LocalStore {
         sync_dir(parent).map_err(fail)
     }
 
+    fn give_birth(&self) -> std::io::Result<()> {
+        match fs::create_dir(&*self.root) {
+            Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e),
+            _ => {}
+        }
+        sync_dir(self.root.parent().unwrap_or(Path::new("/")))?;
+        self.unborn.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Makes folders below the root, each durable in the one above.
     fn make_dirs(&self, dir: &Path) -> std::io::Result<()> {
-        if dir.is_dir() || dir == *self.root {
+        // A folder that another process has just made may not be durable yet: each process sees to
+        // that for itself, once.
+        if dir == *self.root || (self.durable.lock().contains(dir) && dir.is_dir()) {
             return Ok(());
         }
         let parent = dir.parent().unwrap_or(&self.root);
@@ -130,7 +154,9 @@ impl LocalStore {
             Err(e) if e.kind() != ErrorKind::AlreadyExists => return Err(e),
             _ => {}
         }
-        sync_dir(parent)
+        sync_dir(parent)?;
+        self.durable.lock().insert(dir.to_owned());
+        Ok(())
     }
 
     fn read_now(&self, key: &str, range: Option<Range<u64>>) -> Result<Bytes> {
@@ -152,7 +178,7 @@ impl LocalStore {
         if !dir.is_empty() {
             check_key(dir)?;
         }
-        if !self.root.is_dir() {
+        if !self.root.is_dir() && !self.is_unborn() {
             let e = std::io::Error::from(ErrorKind::NotFound);
             return Err(self.error("list", "", &e));
         }
@@ -195,9 +221,7 @@ impl LocalStore {
         work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let store = self.clone();
-        crate::pool::joined(
-            crate::pool::runtime().spawn_blocking(move || work(&store)).await.map(|r| r),
-        )
+        crate::pool::joined(crate::pool::runtime().spawn_blocking(move || work(&store)).await)
     }
 }
 
@@ -341,8 +365,21 @@ mod tests {
             let bad = block_on(store.get(key));
             assert!(matches!(bad, Err(RepoError::Invalid(_))), "{key}: {bad:?}");
         }
+        let unborn = dir.path().join("unborn");
+        let unborn_store = LocalStore::open(&unborn).unwrap();
+        assert_eq!(block_on(unborn_store.list("")).unwrap(), []);
+        let missing = block_on(unborn_store.get("config"));
+        assert!(matches!(missing, Err(RepoError::Missing { .. })), "{missing:?}");
+        assert!(!unborn.exists(), "looking makes nothing");
+        block_on(unborn_store.create("config", Bytes::from_static(b"x"))).unwrap();
+        fs::remove_dir_all(&unborn).unwrap();
+        let gone = block_on(unborn_store.list(""));
+        assert!(matches!(gone, Err(RepoError::NoSuchStore { .. })), "{gone:?}");
+        let gone = block_on(unborn_store.create("keys/x", Bytes::from_static(b"x")));
+        assert!(matches!(gone, Err(RepoError::NoSuchStore { .. })), "{gone:?}");
         let nowhere = LocalStore::open(&dir.path().join("no/such"));
         assert!(matches!(nowhere, Err(RepoError::NoSuchStore { .. })));
+        block_on(store.create("config", Bytes::from_static(b"x"))).unwrap();
         fs::remove_dir_all(&*store.root).unwrap();
         let gone = block_on(store.list("points/"));
         assert!(matches!(gone, Err(RepoError::NoSuchStore { .. })), "{gone:?}");

@@ -65,7 +65,7 @@ pub struct StoreCredentials {
 ///
 /// More options of `s3` URLs: `retry_seconds` (how long to go on trying, 60) and `timeout_seconds`
 /// (how long one request may take, besides the time that its data needs, 30). A local folder is made
-/// if the folder above it exists. Without credentials, `s3` uses `AWS_ACCESS_KEY_ID`,
+/// with its first object if the folder above it exists. Without credentials, `s3` uses `AWS_ACCESS_KEY_ID`,
 /// `AWS_SECRET_ACCESS_KEY` and `AWS_SESSION_TOKEN`.
 pub fn open_store(url: &str, credentials: &StoreCredentials) -> Result<Arc<dyn Store>> {
     if !url.contains("://") {

@@ -14,7 +14,7 @@ fn copy(to: &Repository, from: &Repository, point: &Manifest) -> Result<WriteSta
 }
 
 /// A point that differs from the one before in some chunks, some of which become zeros.
-fn next(repository: &Repository, n: u32, base: &Manifest, content: &mut Vec<u8>) -> Manifest {
+fn next(repository: &Repository, n: u32, base: &Manifest, content: &mut [u8]) -> Manifest {
     let mut writer = repository.begin(Compression::Better).unwrap();
     let size = content.len() as u64;
     let mut disk = writer.disk(size, Some(&base.disks[0].root)).unwrap();

@@ -1,5 +1,7 @@
 //! The repository as a whole, over stores that behave and stores that do not.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod copy;
 mod cost;
 mod crash;

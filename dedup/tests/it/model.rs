@@ -123,5 +123,5 @@ fn a_disk_that_was_cut_reads_zeros_there_when_it_grows_again() {
         assert!(read_disk(&repository, &base).unwrap() == content, "at {size}");
     }
     let data = repository.open_disk(&base).unwrap().data_ranges(0..70 * CHUNK).unwrap();
-    assert_eq!(data, [0..11 * CHUNK]);
+    assert_eq!((data.len(), data[0].clone()), (1, 0..11 * CHUNK));
 }

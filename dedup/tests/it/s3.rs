@@ -17,7 +17,8 @@ fn i4_on_s3_every_trouble_is_an_error_or_a_retry_and_the_next_run_succeeds() {
     let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let service = S3Service::start(&tidemark_lab::weed(checkout), dir.path()).unwrap();
-    let cases: [(&str, fn(&S3Service)); 9] = [
+    type Case = (&'static str, fn(&S3Service));
+    let cases: [Case; 9] = [
         ("works", a_repository_on_s3_works_like_any_other),
         ("conditional", a_create_is_conditional_and_knows_its_own_earlier_success),
         ("denied", a_wrong_key_is_access_denied_at_once),
