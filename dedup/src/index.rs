@@ -60,6 +60,8 @@ pub(crate) struct Index {
     runs: Vec<Vec<Entry>>,
     /// Keys of the segments that were read.
     pub(crate) segments: HashSet<String>,
+    /// Packs that are known only from their own ends, because no readable segment describes them.
+    adopted: HashSet<[u8; 16]>,
 }
 
 /// Packs on their way into an index.
@@ -133,8 +135,29 @@ pub(crate) fn encode_segment(entries: &[Vec<u8>]) -> Vec<u8> {
 }
 
 impl Index {
-    /// Adds packs; those already known are left out.
+    /// Adds packs that a segment describes; those already known are left out.
     pub(crate) fn add(&mut self, batch: Batch) {
+        for pack in &batch.packs {
+            self.adopted.remove(&pack.header.object);
+        }
+        self.insert(batch);
+    }
+
+    /// Adds packs that no segment describes.
+    pub(crate) fn adopt(&mut self, batch: Batch) {
+        let ids = batch.packs.iter().map(|pack| pack.header.object);
+        let new: Vec<_> = ids.filter(|id| !self.by_id.contains_key(id)).collect();
+        self.adopted.extend(new);
+        self.insert(batch);
+    }
+
+    /// Packs that no segment describes yet.
+    pub(crate) fn adopted(&self) -> Vec<Arc<PackInfo>> {
+        let numbers = self.adopted.iter().filter_map(|id| self.by_id.get(id));
+        numbers.map(|number| self.packs[*number as usize].clone()).collect()
+    }
+
+    fn insert(&mut self, batch: Batch) {
         let numbers: Vec<Option<u32>> = batch
             .packs
             .into_iter()

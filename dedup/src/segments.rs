@@ -11,7 +11,7 @@ use futures::StreamExt;
 use crate::bytes::Fields;
 use crate::error::{RepoError, Result};
 use crate::id::{hex, hex_decode, random};
-use crate::index::{Batch, MAX_SEGMENT_LEN, encode_segment};
+use crate::index::{Batch, MAX_SEGMENT_LEN, SEGMENT_TARGET_LEN, encode_segment};
 use crate::object::{HEADER_LEN, Header, Kind, Sealer, Section, damaged, open_body, seal_body};
 use crate::pack::{FOOTER_LEN, PackInfo, decode_entry, footer};
 use crate::pool::block_on;
@@ -152,7 +152,7 @@ impl Inner {
             });
             match read {
                 Ok(()) => {
-                    self.index.write().add(batch);
+                    self.index.write().adopt(batch);
                     adopted += 1;
                 }
                 Err(e @ (RepoError::Damaged { .. } | RepoError::Missing { .. })) => {
@@ -162,6 +162,24 @@ impl Inner {
             }
         }
         Ok(adopted)
+    }
+
+    /// Describes adopted packs in new segments: a restore point must not depend on packs that only a
+    /// search finds. So the index heals with the next run. Gives bytes and number of objects written.
+    pub(crate) fn describe_adopted(&self) -> Result<(u64, u64)> {
+        let (mut bytes, mut objects, mut entries) = (0, 0, Vec::new());
+        let adopted = self.index.read().adopted();
+        for (at, pack) in adopted.iter().enumerate() {
+            let object = ObjectInfo { key: pack.key(), size: pack.len };
+            entries.push(block_on(self.pack_entry(&object))?.1);
+            let waiting: usize = entries.iter().map(Vec::len).sum();
+            if waiting >= SEGMENT_TARGET_LEN || at + 1 == adopted.len() {
+                bytes += self.write_segment(&entries)?;
+                objects += 1;
+                entries.clear();
+            }
+        }
+        Ok((bytes, objects))
     }
 
     /// Ids, keys and sizes of all packs.

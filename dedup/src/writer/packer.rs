@@ -324,7 +324,11 @@ impl Packer {
             }
             this.close_pack()?;
             this.finish_upload()?;
-            this.write_segment()
+            this.write_segment()?;
+            let (bytes, objects) = this.inner.describe_adopted()?;
+            this.stats.stored_bytes += bytes;
+            this.stats.objects += objects;
+            Ok(())
         })
     }
 }

@@ -201,6 +201,27 @@ fn without_index_segments_everything_is_found_through_the_packs() {
 }
 
 #[test]
+fn lost_index_segments_are_written_anew_by_the_next_run() {
+    let (store, point) = repository();
+    let lost: Vec<_> = kinds(&store).into_iter().filter(|k| k.starts_with("index/")).collect();
+    store.remove(&lost[0]);
+    store.replace(&lost[1], vec![7; 200]);
+    let repository = open(store.clone()).unwrap();
+    let base = &repository.point(point.point).unwrap().disks[0].root;
+    let mut writer = repository.begin(Compression::Fast).unwrap();
+    let root = writer.disk(content().len() as u64, Some(base)).unwrap().finish().unwrap();
+    assert_eq!(root, *base);
+    writer.commit(manifest(3, vec![("disk0", root.clone())])).unwrap();
+    store.remove(&lost[1]);
+    store.fail_at(None);
+    let other = open(store.clone()).unwrap();
+    let searched = |c: &(&str, String, u64)| c.0 == "list" && c.1 == "packs/";
+    assert!(!store.calls().iter().any(searched), "{:?}", store.calls());
+    assert!(read_disk(&other, &root).unwrap() == content());
+    assert!(!store.calls().iter().any(searched));
+}
+
+#[test]
 fn a_chunk_that_is_stored_twice_survives_the_loss_of_one_pack() {
     let store = Arc::new(MemoryStore::new());
     let one = create(store.clone());
