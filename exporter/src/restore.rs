@@ -10,12 +10,8 @@ use crate::block::geometry;
 use crate::error::{ExportError, Result, check};
 use crate::exporter::Exporter;
 use crate::model::{Events, RestoreRequest};
-use crate::pipeline::{self, Piece};
 use crate::report::{Amounts, Reporter};
 use crate::source::{DiskSource, PointSource};
-
-/// Threads that fetch pieces: an object store answers one request slowly and many at once well.
-const READERS: usize = 8;
 
 impl Exporter<'_> {
     /// Restores a whole VM; new ids, MAC addresses and generation id unless in place.
@@ -116,13 +112,11 @@ pub(crate) fn write_disk(
 ) -> Result<()> {
     // Progress is the position on the disk; how much of it is data is only known at its end.
     let amounts = |done| Amounts { done, total: source.size, ..Amounts::default() };
-    let fetch = |offset: u64, buffer: &mut [u8]| source.read_at(offset, buffer);
-    let result = pipeline::run(source.steps(), READERS, &fetch, cancel, |piece| {
-        if let Piece::Data { offset, data } = piece {
-            write(offset, &data)?;
-            reporter.progress(amounts(offset + data.len() as u64));
-            source.tell(reporter);
-        }
+    let result = source.for_each(cancel, &mut |offset, data| {
+        check(cancel)?;
+        write(offset, &data)?;
+        reporter.progress(amounts(offset + data.len() as u64));
+        source.tell(reporter);
         Ok(())
     });
     source.tell(reporter);

@@ -3,8 +3,9 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use bytes::Bytes;
 use parking_lot::Mutex;
 use tidemark_dedup::{DiskReader, DiskRoot, Manifest, RepoError, Repository};
 use uuid::Uuid;
@@ -13,12 +14,17 @@ use crate::backup::MAX_BOOT_FILE;
 use crate::error::{ExportError, Result};
 use crate::exporter::Exporter;
 use crate::model::PointFacts;
+use crate::pipeline::{self, Piece};
 use crate::plan::{PIECE, Step};
 use crate::point::{is_boot_file, parse_facts};
 use crate::report::Reporter;
 
-/// Disk maps are asked in windows: at worst (every other chunk stored) one answer has 131,072 ranges.
-const WINDOW: u64 = 16 * 1024 * 1024 * 1024;
+/// How much is read piece by piece after a stream has failed: as much as it may have read ahead, so
+/// that it does not begin again before the bad place.
+const REPAIR: u64 = 64 * 1024 * 1024;
+
+/// Threads that fetch single pieces: an object store answers one request slowly and many at once well.
+const READERS: usize = 8;
 
 /// Notes of one disk; a target with a thousand damaged chunks needs no thousand lines.
 const MAX_NOTES: usize = 16;
@@ -256,17 +262,69 @@ impl DiskSource {
         }
     }
 
-    /// The pieces to read for the whole disk: stored data only, what lies between is zeros.
-    pub(crate) fn steps(&self) -> impl Iterator<Item = Result<Step>> + Send + '_ {
-        let windows = (0..self.size).step_by(WINDOW as usize);
-        windows.flat_map(move |start| {
-            let end = self.size.min(start + WINDOW);
-            let (ranges, failed) = match self.data_ranges(&(start..end)) {
-                Ok(ranges) => (ranges, None),
-                Err(e) => (Vec::new(), Some(Err(e))),
-            };
-            failed.into_iter().chain(ranges.into_iter().flat_map(pieces).map(Ok))
-        })
+    /// Hands the whole disk's data over in ascending order, verified; what is left out is zeros.
+    pub(crate) fn for_each(
+        &self,
+        cancel: &AtomicBool,
+        each: &mut dyn FnMut(u64, Bytes) -> Result<()>,
+    ) -> Result<()> {
+        let mut at = 0;
+        while at < self.size {
+            if self.stream(&mut at, cancel, each)? {
+                return Ok(());
+            }
+            // Something between here and the end of the read-ahead is damaged or out of reach: this
+            // much piece by piece, each from whoever has it, and then on as before.
+            let end = self.size.min(at.saturating_add(REPAIR));
+            let fetch = |offset: u64, buffer: &mut [u8]| self.read_at(offset, buffer);
+            pipeline::run(self.steps(at..end), READERS, &fetch, cancel, |piece| match piece {
+                Piece::Data { offset, data } => each(offset, data),
+                Piece::Zero(_) => Ok(()),
+            })?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Streams from the preferred target as far as it gives good data, and says whether that was all.
+    fn stream(
+        &self,
+        at: &mut u64,
+        cancel: &AtomicBool,
+        each: &mut dyn FnMut(u64, Bytes) -> Result<()>,
+    ) -> Result<bool> {
+        let index = self.preferred.load(Ordering::Relaxed) % self.readers.len().max(1);
+        let Some(reader) = self.readers.get(index) else { return Ok(false) };
+        let mut failed = None;
+        let result = reader.get().and_then(|open| {
+            open.for_each(*at..self.size, cancel, &mut |offset, data| {
+                let end = offset + data.len() as u64;
+                each(offset, data).map_err(|e| {
+                    failed = Some(e);
+                    RepoError::Cancelled
+                })?;
+                *at = end;
+                Ok(())
+            })
+        });
+        match (result, failed) {
+            (_, Some(e)) => Err(e),
+            (Ok(()), None) => Ok(true),
+            (Err(RepoError::Cancelled), None) => Err(ExportError::Cancelled),
+            (Err(e), None) => {
+                tracing::debug!("{} at {at}: {e}", reader.target);
+                Ok(false)
+            }
+        }
+    }
+
+    /// The pieces of a range to read: stored data only, what lies between is zeros.
+    fn steps(&self, range: Range<u64>) -> impl Iterator<Item = Result<Step>> + Send + '_ {
+        let (ranges, failed) = match self.data_ranges(&range) {
+            Ok(ranges) => (ranges, None),
+            Err(e) => (Vec::new(), Some(Err(e))),
+        };
+        failed.into_iter().chain(ranges.into_iter().flat_map(pieces).map(Ok))
     }
 }
 
