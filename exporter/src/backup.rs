@@ -462,3 +462,6 @@ fn read_boot_file(path: &Path) -> Result<Vec<u8>> {
 pub(crate) fn millis(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,8 +4,10 @@
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
+use tidemark_disk::Geometry;
+
 use super::*;
-use crate::fault;
+use crate::{RestoreVm, fault};
 
 const SCENARIO: &str = "TIDEMARK_TEST_SCENARIO";
 const DATA_DIR: &str = "TIDEMARK_TEST_DATA_DIR";
@@ -25,12 +27,32 @@ fn child() {
             let _ = session.create_checkpoint(&checkpoint("new", CheckpointPurpose::User));
         }
         "recover" => drop(engine.session("vm")),
+        "replace" => replace(&engine),
         delete => {
             let mut session = engine.session("vm").unwrap();
             let name = delete.strip_prefix("delete ").unwrap();
             let _ = super::delete(&mut session, name);
         }
     }
+}
+
+/// Restores the VM in its own place, with other content.
+fn replace(engine: &Engine) {
+    let old = engine.session("vm").unwrap();
+    let geometry = Geometry { size: SIZE, logical_sector: 512, physical_sector: 4096 };
+    let config = old.config().clone();
+    let request = RestoreVm {
+        name: "vm".to_owned(),
+        disks: config.disks.iter().map(|d| (d.name.clone(), geometry)).collect(),
+        config,
+        boot: Vec::new(),
+        keep_identity: true,
+    };
+    let new = engine.begin_restore(&request).unwrap();
+    for (_, disk) in &new.disks {
+        disk.write_at(0, &[9; 4096]).unwrap();
+    }
+    new.commit_replacing(old).unwrap();
 }
 
 /// Runs a scenario in a child that dies at `point`; fails if it never got there.
@@ -187,4 +209,34 @@ fn i5_an_empty_new_leaf_whose_parent_was_written_since_is_dropped() {
     let session = fixture.session();
     assert_now(&session, &now, "a foreign write");
     assert_tidy(&fixture, &session);
+}
+
+#[test]
+fn i5_a_vm_is_replaced_whole_or_not_at_all() {
+    for (point, replaced) in [("replace-finished", false), ("replace-exchanged", true), ("", true)]
+    {
+        let (fixture, old, now) = prepared();
+        let id = fixture.session().config().id;
+        if point.is_empty() {
+            replace(&fixture.engine);
+        } else {
+            die(&fixture, "replace", point);
+        }
+        // The next start takes away whichever of the two lost its name.
+        open(fixture.path());
+        let left = crate::folder::entries(&fixture.path().join("vms")).unwrap();
+        assert_eq!(left, [".create.lock", "vm"], "{point}");
+        let session = fixture.session();
+        assert_eq!(session.config().id, id, "{point}");
+        if replaced {
+            let mut new = vec![0; SIZE as usize];
+            new[..4096].fill(9);
+            assert_now(&session, &[new.clone(), new], point);
+            assert!(session.config().checkpoints.is_empty());
+        } else {
+            assert_now(&session, &now, point);
+            assert!(checkpoint_content(&session, "old", 0) == old[0], "{point}");
+        }
+        assert_tidy(&fixture, &session);
+    }
 }

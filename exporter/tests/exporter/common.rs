@@ -1,5 +1,4 @@
 //! A data directory with targets and offline VMs, and a model of what their disks must hold.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt as _;

@@ -1,10 +1,6 @@
 //! Adding, testing and mistaking targets.
 
-#![allow(clippy::unwrap_used)]
-
-mod common;
-
-use common::*;
+use crate::common::*;
 use tidemark_exporter::ExportError;
 
 #[test]

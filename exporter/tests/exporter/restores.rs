@@ -1,13 +1,9 @@
 //! Restores: whole VMs, in place, disks to files, from damaged and missing targets.
 
-#![allow(clippy::unwrap_used)]
-
-mod common;
-
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
 
-use common::*;
+use crate::common::*;
 use tidemark_exporter::{DiskFormat, ExportError, RestoreRequest};
 
 static CANCEL: AtomicBool = AtomicBool::new(false);
