@@ -118,9 +118,14 @@ impl Header {
             return Err(format!("log version {} (only 0 is known)", self.log_version));
         }
         let aligned = self.log_offset % MIB == 0 && u64::from(self.log_len) % MIB == 0;
-        if !aligned || self.log_offset < FIRST_REGION || self.log_len == 0 || self.log_len > MAX_LOG
-        {
+        let size_fits = self.log_len > 0 && self.log_len <= MAX_LOG;
+        let lies_well = (FIRST_REGION..=u64::MAX / 2).contains(&self.log_offset);
+        if !aligned || !size_fits || !lies_well {
             return Err(format!("log of {} bytes at {}", self.log_len, self.log_offset));
+        }
+        // Room to count on for as long as any file lives; no writer starts that high.
+        if self.sequence > u64::MAX / 2 {
+            return Err(format!("header sequence number {}", self.sequence));
         }
         Ok(())
     }

@@ -90,7 +90,9 @@ impl Metadata {
         let (mut parameters, mut size, mut disk_id) = (None, None, None);
         let (mut logical, mut physical, mut parent) = (None, None, None);
         for e in entries(region)? {
-            let item = &region[e.offset as usize..][..e.len as usize];
+            // An empty item's offset is not checked.
+            let begin = if e.len == 0 { 0 } else { e.offset as usize };
+            let item = &region[begin..][..e.len as usize];
             let want = |len: usize| {
                 if item.len() == len {
                     Ok(item)
@@ -99,6 +101,11 @@ impl Metadata {
                 }
             };
             match e.id {
+                _ if e.flags & IS_USER != 0 => {
+                    if e.flags & IS_REQUIRED != 0 {
+                        return Err(format!("unknown required user metadata item {}", e.id));
+                    }
+                }
                 FILE_PARAMETERS => parameters = Some((u32_at(want(8)?, 0), u32_at(item, 4))),
                 DISK_SIZE => size = Some(u64_at(want(8)?, 0)),
                 DISK_ID => disk_id = Some(guid_at(want(16)?, 0)),
@@ -211,9 +218,16 @@ pub(crate) fn replace_locator(
 ) -> Result<std::ops::Range<usize>, String> {
     let found = entries(region)?;
     let item = locator::encode(parent)?;
-    let index = found.iter().position(|e| e.id == PARENT_LOCATOR).ok_or("no parent locator")?;
+    let index = found
+        .iter()
+        .position(|e| e.id == PARENT_LOCATOR && e.flags & IS_USER == 0)
+        .ok_or("no parent locator")?;
     let others = found.iter().enumerate().filter(|(i, _)| *i != index);
-    let last = others.map(|(_, e)| (e.offset + e.len) as usize).max().unwrap_or(TABLE);
+    let last = others
+        .filter(|(_, e)| e.len > 0)
+        .map(|(_, e)| (e.offset + e.len) as usize)
+        .max()
+        .unwrap_or(TABLE);
     let offset = last.max(TABLE).next_multiple_of(4096);
     let end = (offset + item.len()).next_multiple_of(4096);
     if end > region.len() {

@@ -1,9 +1,11 @@
 //! One file against a plain model, against other programs, and against crashes.
 
 mod crash;
+mod damage;
 mod model;
 mod oracles;
 mod recorder;
+mod structure;
 
 use std::path::{Path, PathBuf};
 

@@ -21,6 +21,27 @@ pub(super) struct Image {
 }
 
 impl Image {
+    pub(super) fn from_bytes(bytes: &[u8]) -> Self {
+        let mut image = Self { len: bytes.len() as u64, pages: BTreeMap::new() };
+        image.write(bytes, 0);
+        image
+    }
+
+    pub(super) fn overwrite(&mut self, bytes: &[u8]) {
+        self.write(bytes, 0);
+    }
+
+    /// The first bytes, however long the file is.
+    pub(super) fn to_bytes(&self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.read(&mut bytes, 0);
+        bytes
+    }
+
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
     fn read(&self, buf: &mut [u8], offset: u64) {
         let mut done = 0;
         while done < buf.len() {
@@ -53,12 +74,11 @@ impl Image {
     fn punch(&mut self, offset: u64, len: u64) {
         let page = PAGE as u64;
         assert!(offset % page == 0 && len % page == 0);
-        for number in offset / page..(offset + len) / page {
-            self.pages.remove(&number);
-        }
+        let mut rest = self.pages.split_off(&(offset / page));
+        self.pages.append(&mut rest.split_off(&((offset + len) / page)));
     }
 
-    fn set_len(&mut self, len: u64) {
+    pub(super) fn set_len(&mut self, len: u64) {
         assert!(len % PAGE as u64 == 0);
         self.pages.split_off(&(len / PAGE as u64));
         self.len = len;
