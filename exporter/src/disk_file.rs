@@ -70,7 +70,7 @@ fn exists(out: &Path) -> ExportError {
 /// A new, empty file that a disk is written into.
 enum Output {
     Raw(File, PathBuf),
-    Vhdx(Vhdx),
+    Vhdx(Box<Vhdx>),
 }
 
 impl Output {
@@ -94,7 +94,7 @@ impl Output {
                         parent: None,
                     },
                 )?;
-                Ok(Self::Vhdx(Vhdx::open(path, Access::ReadWrite)?))
+                Ok(Self::Vhdx(Box::new(Vhdx::open(path, Access::ReadWrite)?)))
             }
         }
     }

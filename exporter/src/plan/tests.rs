@@ -81,7 +81,7 @@ fn what_an_extent_list_leaves_out_or_garbles_is_read() {
     assert_eq!(covered(&reads(&disk, &Areas::Whole)), [0..2 * CHUNK, 3 * CHUNK..8 * CHUNK]);
     let hole = |offset, len| Extent { offset, len, kind: ExtentKind::Hole };
     disk.answer(vec![hole(4 * CHUNK, CHUNK), hole(0, 6 * CHUNK)]);
-    assert_eq!(covered(&reads(&disk, &Areas::Whole)), [0..8 * CHUNK]);
+    assert_eq!(covered(&reads(&disk, &Areas::Whole)), vec![0..8 * CHUNK; 1]);
     disk.answer(vec![hole(0, u64::MAX)]);
     assert!(reads(&disk, &Areas::Whole).is_empty());
 }

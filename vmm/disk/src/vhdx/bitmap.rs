@@ -46,7 +46,7 @@ impl Pending {
             let page = self.pages.entry(number).or_insert_with(|| Box::new([0; 4096]));
             while sector < end {
                 let bit = sector % PAGE_SECTORS;
-                if bit % 8 == 0 && end - sector >= 8 {
+                if bit.is_multiple_of(8) && end - sector >= 8 {
                     page[(bit / 8) as usize] = if value { 0xff } else { 0 };
                     sector += 8;
                 } else {
@@ -95,7 +95,7 @@ impl Pending {
             while at < page_end {
                 let bit = at % PAGE_SECTORS;
                 let byte = page[(bit / 8) as usize];
-                if bit % 8 == 0 && byte == same {
+                if bit.is_multiple_of(8) && byte == same {
                     at += 8;
                 } else if (byte >> (bit % 8) & 1 == 1) == value {
                     at += 1;

@@ -156,7 +156,7 @@ impl Vhdx {
     fn check_range(&self, offset: u64, len: u64) -> Result<()> {
         let sector = self.shape.sector;
         let inside = offset.checked_add(len).is_some_and(|end| end <= self.shape.size);
-        if !inside || offset % sector != 0 || len % sector != 0 {
+        if !inside || !offset.is_multiple_of(sector) || !len.is_multiple_of(sector) {
             return Err(DiskError::OutOfRange { offset, len });
         }
         Ok(())

@@ -117,7 +117,7 @@ impl Header {
         if !self.log_guid.is_nil() && self.log_version != 0 {
             return Err(format!("log version {} (only 0 is known)", self.log_version));
         }
-        let aligned = self.log_offset % MIB == 0 && u64::from(self.log_len) % MIB == 0;
+        let aligned = self.log_offset.is_multiple_of(MIB) && u64::from(self.log_len) % MIB == 0;
         let size_fits = self.log_len > 0 && self.log_len <= MAX_LOG;
         let lies_well = (FIRST_REGION..=u64::MAX / 2).contains(&self.log_offset);
         if !aligned || !size_fits || !lies_well {
@@ -186,8 +186,8 @@ impl Regions {
             if !seen.insert(guid) {
                 return Err(format!("region {guid} named twice"));
             }
-            if region.offset % MIB != 0
-                || region.len % MIB != 0
+            if !region.offset.is_multiple_of(MIB)
+                || !region.len.is_multiple_of(MIB)
                 || region.offset < FIRST_REGION
                 || region.offset.checked_add(region.len).is_none()
             {
