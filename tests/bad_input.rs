@@ -1,4 +1,5 @@
 //! Bad input gives a clear error that names the thing, the right exit code, and loses nothing.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a failure is the test's answer
 
 mod common;
 

@@ -1,6 +1,7 @@
 //! I5 on a real VM: `kill -9` of any process at random moments of backup and merge. Seeded: kill
 //! number n does the same on every machine, as far as time allows. `TIDEMARK_KILLS` says how many
 //! (`make soak` asks for many more), `TIDEMARK_SEED` where to begin.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a failure is the test's answer
 
 mod common;
 

@@ -1,5 +1,6 @@
 //! What a user sees when an S3 target misbehaves: a clear error, no visible restore point, and success
 //! on the next run. Faults inside a transfer (503, cut connections) are injected by a proxy.
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a failure is the test's answer
 
 mod common;
 

@@ -32,7 +32,7 @@ pub(crate) fn run(context: &Context, args: &DemoArgs, dir: &Path, story: &mut St
         S3Service::start(&args.weed, dir).map_err(|e| Failure::new(Code::Failed, e.to_string()))
     })?;
     let targets = targets(dir, &s3)?;
-    let home = Host::open(context, dir.join("home"))?;
+    let home = Host::open(context, &dir.join("home"))?;
     let known = protect(context, &home.engine, args, dir, &targets, story)?;
 
     story.step("lose the host: VM, disks, local target", || {
@@ -58,8 +58,8 @@ struct Host {
 }
 
 impl Host {
-    fn open(context: &Context, data_dir: PathBuf) -> Result<Self> {
-        Ok(Self { engine: context.engine_at(&data_dir)? })
+    fn open(context: &Context, data_dir: &Path) -> Result<Self> {
+        Ok(Self { engine: context.engine_at(data_dir)? })
     }
 }
 
@@ -225,7 +225,7 @@ fn recover(
     known: &Known,
     story: &mut Story<'_>,
 ) -> Result {
-    let host = Host::open(context, dir.join("new-home"))?;
+    let host = Host::open(context, &dir.join("new-home"))?;
     let exporter = context.exporter(&host.engine);
     story.step("new host: add the off-site target", || {
         let (_, points) = exporter.add_target(offsite)?;

@@ -52,7 +52,8 @@ fn child_of(parent: &Vhdx, dir: &Path, name: &str, block_size: u32) -> Vhdx {
 /// Reads through a chain, leaf first.
 fn read_chain(chain: &[&Vhdx], offset: u64, len: usize) -> Vec<u8> {
     let mut buf = vec![0; len];
-    let mut todo = vec![offset..offset + len as u64];
+    let whole = offset..offset + len as u64;
+    let mut todo = vec![whole];
     for disk in chain {
         let mut rest = Vec::new();
         for range in todo {

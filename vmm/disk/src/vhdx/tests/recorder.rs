@@ -73,13 +73,13 @@ impl Image {
 
     fn punch(&mut self, offset: u64, len: u64) {
         let page = PAGE as u64;
-        assert!(offset % page == 0 && len % page == 0);
+        assert!(offset.is_multiple_of(page) && len.is_multiple_of(page));
         let mut rest = self.pages.split_off(&(offset / page));
         self.pages.append(&mut rest.split_off(&((offset + len) / page)));
     }
 
     pub(super) fn set_len(&mut self, len: u64) {
-        assert!(len % PAGE as u64 == 0);
+        assert!(len.is_multiple_of(PAGE as u64));
         self.pages.split_off(&(len / PAGE as u64));
         self.len = len;
     }

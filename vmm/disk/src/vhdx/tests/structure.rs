@@ -172,9 +172,12 @@ fn c11_partial_block_without_a_parent_is_refused() {
     assert!(refused(&b).contains("state 7"));
 }
 
+/// A change of a header, and the words of its refusal.
+type Change = (fn(&mut Header), &'static str);
+
 #[test]
 fn c12_impossible_headers_are_refused() {
-    let changes: [(fn(&mut Header), &str); 6] = [
+    let changes: [Change; 6] = [
         (|h| h.version = 2, "version 2"),
         (|h| h.log_offset = 0xffff_ffff_fff0_0000, "log of"),
         (|h| h.log_offset += 512, "log of"),
