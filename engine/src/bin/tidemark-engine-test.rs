@@ -1,17 +1,23 @@
-//! Runs the disk owner and the guard for the engine's own tests; users have the `tidemark` command.
+//! Runs the disk owner, the guard, and a client to be killed for the engine's own tests; users have the
+//! `tidemark` command.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use tidemark_disk::owner::{OwnedDisk, OwnerConfig};
-use tidemark_engine::{EngineOptions, guard};
+use tidemark_engine::{
+    CheckpointPurpose, CheckpointRequest, CheckpointType, Engine, EngineOptions, QuiesceMode, guard,
+};
 
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
     let done = match args.next().as_deref() {
         Some("disk-server") => disk_server(args),
         Some("vm-guard") => vm_guard(args),
-        other => Err(format!("disk-server or vm-guard, not {other:?}")),
+        Some("backup") => backup(args),
+        other => Err(format!("disk-server, vm-guard or backup, not {other:?}")),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -59,4 +65,28 @@ fn vm_guard(mut args: impl Iterator<Item = String>) -> Result<(), String> {
     }
     let program = std::env::current_exe().map_err(|e| e.to_string())?;
     guard::run(data_dir.as_ref(), &vm, EngineOptions { program }).map_err(|e| e.to_string())
+}
+
+/// `backup DATA_DIR VM`: checkpoint and merge, as a backup run does, again and again.
+fn backup(mut args: impl Iterator<Item = String>) -> Result<(), String> {
+    let data_dir = value(&mut args, "DATA_DIR")?;
+    let vm = value(&mut args, "VM")?;
+    let program = std::env::current_exe().map_err(|e| e.to_string())?;
+    let engine =
+        Engine::open(data_dir.as_ref(), EngineOptions { program }).map_err(|e| e.to_string())?;
+    let request = CheckpointRequest {
+        name: None,
+        checkpoint_type: CheckpointType::Production,
+        quiesce: QuiesceMode::Try,
+        freeze_deadline: Duration::from_secs(10),
+        purpose: CheckpointPurpose::Backup,
+    };
+    loop {
+        let mut session = engine.session(&vm).map_err(|e| e.to_string())?;
+        let taken = session.create_checkpoint(&request).map_err(|e| e.to_string())?;
+        println!("{:?}", taken.consistency);
+        session
+            .delete_checkpoint(&taken.id.to_string(), &|_, _, _| {}, &AtomicBool::new(false))
+            .map_err(|e| e.to_string())?;
+    }
 }
