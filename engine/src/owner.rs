@@ -29,6 +29,9 @@ pub(crate) fn connect(run: &RunDir) -> std::result::Result<Client, DiskError> {
     Client::connect(&run.control_socket())
 }
 
+/// How long a killed owner may take to vanish.
+const DYING: Duration = Duration::from_secs(5);
+
 /// The owner's state.
 pub(crate) fn report(client: &mut Client) -> std::result::Result<OwnerReport, DiskError> {
     match client.call(&Request::Report, ANSWER)? {
@@ -75,10 +78,17 @@ pub(crate) fn ensure(place: &Place) -> Result<()> {
     let run = &place.run;
     let _lock = hold(run)?;
     if let Some(id) = process(run) {
-        let answers = connect(run).and_then(|mut client| report(&mut client));
-        return answers.map(|_| ()).map_err(|e| {
-            EngineError::State(format!("the disk owner (process {}) does not answer: {e}", id.pid))
-        });
+        match connect(run).and_then(|mut client| report(&mut client)) {
+            Ok(_) => return Ok(()),
+            // Killed, and just about to be gone.
+            Err(_) if id.wait(DYING) => {}
+            Err(e) => {
+                return Err(EngineError::State(format!(
+                    "the disk owner (process {}) does not answer: {e}",
+                    id.pid
+                )));
+            }
+        }
     }
     run.clear_owner()?;
     // Read now, under the lock: a checkpoint may have moved on while we waited.
