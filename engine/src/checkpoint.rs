@@ -28,13 +28,6 @@ const PREPARE: Duration = Duration::from_secs(120);
 /// Longest switch of a guest that is not frozen.
 const COMMIT: Duration = Duration::from_secs(60);
 
-/// A checkpoint being taken.
-struct Attempt {
-    intent: CheckpointIntent,
-    /// A disk owner has been asked for the switch: it may still do it.
-    asked: bool,
-}
-
 /// A switch that has happened, on all disks.
 struct Taken {
     disks: Vec<CommittedDisk>,
@@ -48,25 +41,28 @@ impl VmSession<'_> {
     pub fn create_checkpoint(&mut self, request: &CheckpointRequest) -> Result<CheckpointRecord> {
         let name = self.check_request(request)?;
         self.recover_intent()?;
-        let intent = CheckpointIntent::new(Uuid::new_v4(), &self.config);
+        let mut intent = CheckpointIntent::new(Uuid::new_v4(), &self.config);
         // Killed from here on until the record stands, the checkpoint is undone.
         Intent::Checkpoint(intent.clone()).save(&self.place.folder)?;
         fault::point("checkpoint-intent");
-        let mut attempt = Attempt { intent, asked: false };
-        let record = match self.take(&mut attempt, request) {
-            Ok(taken) => self.record_checkpoint(&attempt.intent, name, request, taken),
+        let record = match self.take(&mut intent, request) {
+            Ok(taken) => self.record_checkpoint(&intent, name, request, taken),
             Err(error) => Err(error),
         };
-        record.or_else(|error| self.take_back(&attempt, error))
+        record.or_else(|error| self.take_back(&intent, error))
     }
 
     /// Undoes a failed attempt. Gives its error, or the checkpoint if its record stands after all.
-    fn take_back(&mut self, attempt: &Attempt, error: EngineError) -> Result<CheckpointRecord> {
-        if let Err(error) = self.undo_checkpoint(&attempt.intent, attempt.asked) {
+    fn take_back(
+        &mut self,
+        intent: &CheckpointIntent,
+        error: EngineError,
+    ) -> Result<CheckpointRecord> {
+        if let Err(error) = self.undo_checkpoint(intent) {
             // The next operation tries again; until then the intent says so.
             tracing::warn!(vm = self.place.name, %error, "checkpoint not undone yet");
         }
-        let stands = self.config.checkpoints.iter().find(|c| c.id == attempt.intent.id);
+        let stands = self.config.checkpoints.iter().find(|c| c.id == intent.id);
         stands.cloned().ok_or(error)
     }
 
@@ -107,12 +103,12 @@ impl VmSession<'_> {
         }
     }
 
-    fn take(&self, attempt: &mut Attempt, request: &CheckpointRequest) -> Result<Taken> {
+    fn take(&self, intent: &mut CheckpointIntent, request: &CheckpointRequest) -> Result<Taken> {
         match machine::process(&self.place)? {
-            Some(machine) => self.take_online(attempt, request, &machine),
+            Some(machine) => self.take_online(intent, request, &machine),
             None => {
                 self.settle()?;
-                self.take_offline(&mut attempt.intent)
+                self.take_offline(intent)
             }
         }
     }
@@ -128,12 +124,11 @@ impl VmSession<'_> {
 
     fn take_online(
         &self,
-        attempt: &mut Attempt,
+        intent: &mut CheckpointIntent,
         request: &CheckpointRequest,
         machine: &ProcessId,
     ) -> Result<Taken> {
-        let leaves: Vec<_> = attempt
-            .intent
+        let leaves: Vec<_> = intent
             .leaves
             .iter()
             .map(|l| (l.disk.clone(), self.place.folder.disk(&l.file)))
@@ -142,10 +137,9 @@ impl VmSession<'_> {
         // switch to leaves that it has not prepared.
         let mut owner = owner::connect(&self.place.run)?;
         owner.call(&Request::PrepareCheckpoint { leaves: leaves.clone() }, PREPARE)?;
-        self.enter_commit(&mut attempt.intent)?;
+        self.enter_commit(intent)?;
         let alive = || machine.alive();
         let freeze = self.quiesce(request, &alive)?;
-        attempt.asked = true;
         let patience = if freeze.is_ok() { request.freeze_deadline } else { COMMIT };
         let committed = owner.call(&Request::CommitCheckpoint { leaves }, patience);
         // Thaw first, whatever became of the switch.

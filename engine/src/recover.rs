@@ -15,8 +15,8 @@ use crate::{agent, fault, machine, owner, store};
 
 /// Longest wait for a thaw that a dead guard owes.
 const THAW: Duration = Duration::from_secs(30);
-/// Longest switch of the leaves that is waited for.
-const COMMIT: Duration = Duration::from_secs(60);
+/// Longest wait for the owner to give prepared leaves up: it may be switching just now.
+const DISCARD: Duration = Duration::from_secs(60);
 /// How often an undo that a restarted disk owner has thwarted begins again, and after what pause.
 const ATTEMPTS: u32 = 10;
 const AGAIN: Duration = Duration::from_millis(100);
@@ -44,7 +44,7 @@ impl VmSession<'_> {
     pub(crate) fn recover_intent(&mut self) -> Result<()> {
         match Intent::load(&self.place.folder)? {
             None => Ok(()),
-            Some(Intent::Checkpoint(intent)) => self.undo_checkpoint(&intent, true),
+            Some(Intent::Checkpoint(intent)) => self.undo_checkpoint(&intent),
             Some(Intent::Merge(intent)) => {
                 self.finish_merge(&intent, &|_, _, _| {}, &AtomicBool::new(false))
             }
@@ -69,8 +69,8 @@ impl VmSession<'_> {
 
     /// Takes a checkpoint back that has no record: its new leaves, if they came into use, are merged
     /// into the files that they were to protect. A kill at any moment leaves the intent, by which this
-    /// begins again. `asked`: a disk owner may have been asked for the switch.
-    pub(crate) fn undo_checkpoint(&mut self, intent: &CheckpointIntent, asked: bool) -> Result<()> {
+    /// begins again.
+    pub(crate) fn undo_checkpoint(&mut self, intent: &CheckpointIntent) -> Result<()> {
         // As it is on the disk: the write that failed may have been the one after the rename.
         let path = self.place.folder.config();
         self.config.checkpoints = VmConfig::load(&path)?.checkpoints;
@@ -84,10 +84,8 @@ impl VmSession<'_> {
                     intent.id
                 )));
             }
+            self.discard_prepared()?;
             if intent.phase == Phase::Committing {
-                if asked {
-                    self.settle_commit(intent)?;
-                }
                 for leaf in &intent.leaves {
                     self.merge_back(leaf)?;
                     fault::point("undo-merged");
@@ -101,24 +99,16 @@ impl VmSession<'_> {
         Intent::clear(&self.place.folder)
     }
 
-    /// Makes sure that no switch of the leaves is still under way in a disk owner: a dead client's
-    /// request may be waiting in its socket. Asking for the same switch again leaves only one outcome.
-    fn settle_commit(&self, intent: &CheckpointIntent) -> Result<()> {
+    /// Makes sure that the disk owner neither holds prepared leaves nor switches to them any more: a
+    /// dead client's request may be waiting in its socket.
+    fn discard_prepared(&self) -> Result<()> {
         if machine::process(&self.place)?.is_none() {
             return Ok(());
         }
-        let leaves: Vec<_> = intent
-            .leaves
-            .iter()
-            .map(|l| (l.disk.clone(), self.place.folder.disk(&l.file)))
-            .collect();
         let Ok(mut client) = owner::connect(&self.place.run) else { return Ok(()) };
-        let Ok(report) = owner::report(&mut client) else { return Ok(()) };
-        if intent.leaves.iter().all(|l| owner::has_file(&report, &l.disk, &l.file)) {
-            return Ok(());
-        }
-        if let Err(error) = client.call(&Request::CommitCheckpoint { leaves }, COMMIT) {
-            tracing::debug!(%error, "repeated switch");
+        if let Err(error) = client.call(&Request::DiscardCheckpoint, DISCARD) {
+            // A dead owner holds nothing; a living one has to be asked again.
+            tracing::debug!(%error, "discarding prepared leaves");
         }
         Ok(())
     }

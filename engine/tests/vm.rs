@@ -361,8 +361,11 @@ fn machine_is_killed(guest: &Guest) {
     let record = guest.checkpoint(CheckpointPurpose::User);
     guest.sh("sync");
     guest.kill("qemu.pid");
+    while guest.engine.show("vm").unwrap().state != MachineState::Stopped {
+        std::thread::sleep(Duration::from_millis(10));
+    }
     let session = guest.engine.session("vm").unwrap();
-    assert_eq!(session.config().checkpoints, [record.clone()]);
+    assert_eq!(session.config().checkpoints, std::slice::from_ref(&record));
     assert_eq!(guest.engine.show("vm").unwrap().state, MachineState::Stopped);
     for file in ["owner.pid", "guard.pid", "control.sock", "nbd.sock", "guard.sock", "frozen"] {
         assert!(!guest.run(file).exists(), "{file}");

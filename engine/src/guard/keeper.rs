@@ -9,7 +9,7 @@ use crate::error::{EngineError, Result};
 use crate::runtime::RunDir;
 
 /// Longest wait for the agent to answer before a freeze.
-const CONNECT: Duration = Duration::from_secs(15);
+const CONNECT: Duration = Duration::from_secs(10);
 /// A thaw is tried as long as the machine lives; this is far beyond any of its lives.
 const FOR_EVER: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Longest freeze that anybody may ask for.

@@ -39,6 +39,12 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Gives up what was prepared. A kill leaves empty files that nothing uses.
+    pub(super) fn discard(&mut self, disks: &[Disk]) -> Result<()> {
+        self.prepared = None;
+        disks.iter().try_for_each(|disk| disk.chain.discard_prepared())
+    }
+
     /// Pauses all disks, switches each to its prepared leaf, and lets them go on. Asked again for the
     /// same leaves while they are in use, it gives the same answer.
     pub(super) fn commit(

@@ -25,6 +25,9 @@ pub enum Request {
         /// New leaf of each disk, as prepared.
         leaves: Vec<(String, PathBuf)>,
     },
+    /// Gives up leaves that were prepared and not switched to, and removes their files. Afterwards a
+    /// late `CommitCheckpoint` for them fails. Repeating it is harmless.
+    DiscardCheckpoint,
     /// Starts folding `child` into its parent in the background; see [`DiskReport::merge`].
     StartMerge {
         /// Disk name.

@@ -191,6 +191,9 @@ impl Owner {
             Request::CommitCheckpoint { leaves } => {
                 self.change(|checkpoints| checkpoints.commit(&self.disks, &leaves))
             }
+            Request::DiscardCheckpoint => {
+                self.change(|checkpoints| checkpoints.discard(&self.disks)).map(|()| Response::Ok)
+            }
             Request::StartMerge { disk, child } => {
                 let start = |checkpoints: &mut Checkpoints| {
                     checkpoints.abandon(&self.disks);

@@ -254,3 +254,23 @@ fn a_switch_that_fails_half_way_says_which_disks_have_switched() {
     assert_eq!(disks[0].chain.files(), [vm.file("a.vhdx")]);
     disks.iter().for_each(|disk| disk.chain.close().unwrap());
 }
+
+#[test]
+fn discarded_leaves_are_gone_and_never_switched_to() {
+    let (vm, owner) = two_disks();
+    let mut client = owner.client();
+    let leaves = vm.leaves(&["a", "b"], "x");
+    let mut call = |request: &Request| client.call(request, PATIENCE);
+    call(&Request::PrepareCheckpoint { leaves: leaves.clone() }).unwrap();
+    assert!(leaves.iter().all(|(_, path)| path.exists()));
+    for _ in 0..2 {
+        call(&Request::DiscardCheckpoint).unwrap();
+        assert!(!leaves.iter().any(|(_, path)| path.exists()));
+    }
+    assert!(call(&Request::CommitCheckpoint { leaves: leaves.clone() }).is_err());
+    // After a switch there is nothing to discard.
+    call(&Request::PrepareCheckpoint { leaves: leaves.clone() }).unwrap();
+    call(&Request::CommitCheckpoint { leaves: leaves.clone() }).unwrap();
+    call(&Request::DiscardCheckpoint).unwrap();
+    assert!(leaves.iter().all(|(_, path)| path.exists()));
+}
