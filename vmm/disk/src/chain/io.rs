@@ -153,13 +153,13 @@ impl Block for Chain {
         self.write(offset, Payload::Data(buf))
     }
 
-    /// During a merge acknowledged writes may be in either file, so both are flushed.
+    /// Acknowledged writes may be in the leaf, in the parent it is being merged into, and in the leaf
+    /// before the last switch: all are flushed, older ones first.
     fn flush(&self) -> Result<()> {
         if self.access == Access::ReadOnly {
             return Ok(());
         }
-        let request = self.enter()?;
-        request.layout.nodes.iter().filter(|n| n.is_live()).try_for_each(|n| n.vhdx.flush())
+        self.enter()?.layout.nodes.iter().try_for_each(Node::flush)
     }
 
     /// Zeros, never "ask the parent": that would bring old data back.

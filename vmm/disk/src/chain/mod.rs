@@ -18,10 +18,9 @@
 //! | killed after | state | opens at |
 //! |---|---|---|
 //! | X created, in any stage | X is empty or cut off; opening L moves its GUID on, X is stale: delete it | L |
-//! | L flushed | as before | L |
 //! | L sealed | L holds an id that nobody was told: harmless | L or X |
 //! | switch | X may hold writes. [`Chain::open`] refuses to write L while X holds data | X |
-//! | L closed clean | as before | X |
+//! | L synced and closed clean | as before; only now is anyone told the id | X |
 //!
 //! Merge of C into P, at every point readable at C (or the leaf above it), never at P before its end:
 //!
@@ -245,11 +244,7 @@ impl Chain {
             layout.nodes.clear();
             return Ok(());
         }
-        for node in &layout.nodes {
-            if node.is_claimed() {
-                node.vhdx.flush()?;
-            }
-        }
+        layout.nodes.iter().try_for_each(Node::flush)?;
         if let Some(node) = self.prepared.lock().take() {
             node.retire();
             node.settle()?;

@@ -10,10 +10,11 @@ use crate::error::{DiskError, Result};
 use crate::rct::{RctId, Tracker};
 use crate::vhdx::{BlockState, Presence};
 
-/// Copied under one hold of a block's lock: how long a guest write may wait for it.
-const PIECE: u64 = 1 << 20;
+/// Copied under one hold of a block's lock: how long a guest write may wait for it. (Small disks in
+/// tests must have many pieces and batches, too.)
+const PIECE: u64 = if cfg!(test) { 256 << 10 } else { 1 << 20 };
 /// Data of one batch: one sync of the parent, one release in the child.
-const BATCH: u64 = 8 << 20;
+const BATCH: u64 = if cfg!(test) { 1 << 20 } else { 8 << 20 };
 /// Blocks of one batch.
 const BATCH_BLOCKS: usize = 256;
 /// Blocks looked at under one request.
@@ -192,6 +193,7 @@ impl Chain {
         while at < end {
             let stop = end.min(at + PIECE);
             let bytes = self.copy_piece(job, block, at..stop)?;
+            self.step("merge:piece")?;
             copied(bytes)?;
             at = stop;
         }

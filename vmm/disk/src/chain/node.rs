@@ -200,6 +200,19 @@ impl Node {
         let _ = self.state.compare_exchange(LIVE, RETIRED, Ordering::AcqRel, Ordering::Acquire);
     }
 
+    /// Makes writes durable, also those to a file that is no longer written but not settled yet.
+    pub(super) fn flush(&self) -> Result<()> {
+        match self.state.load(Ordering::Acquire) {
+            FROZEN => Ok(()),
+            LIVE => self.vhdx.flush(),
+            _ => match self.vhdx.flush() {
+                // Settled in this moment, and so flushed.
+                Err(DiskError::ReadOnly { .. }) => Ok(()),
+                other => other,
+            },
+        }
+    }
+
     /// Takes a file back that was to be closed, and is still locked exclusively.
     pub(super) fn revive(&self) {
         let _ = self.state.compare_exchange(RETIRED, LIVE, Ordering::AcqRel, Ordering::Acquire);

@@ -80,9 +80,14 @@ impl Chain {
         leaf.writing()?.flush_map()
     }
 
-    /// With I/O paused: flush, seal the current leaf under a new id, and make the prepared `leaf` the
-    /// one that is written. On error the old leaf stays in use. Call [`Chain::settle`] after the
-    /// pause: it closes the old leaf clean and lets other processes read it.
+    /// With I/O paused: seal the current leaf under a new id, and make the prepared `leaf` the one
+    /// that is written. On error the old leaf stays in use.
+    ///
+    /// The old leaf is synced, closed clean and opened to other processes by [`Chain::settle`], which
+    /// the caller calls after the pause and before anyone is told the id: under full write load the
+    /// sync takes far longer than a guest should wait. Until then nobody else can open the old leaf,
+    /// so nothing can be read under the id that a power cut could still take back; and guest flushes
+    /// include the old leaf.
     pub fn switch_leaf(&self, pause: &Pause<'_>, leaf: &Path) -> Result<RctId> {
         self.require_writable()?;
         if !std::ptr::eq(pause.chain, self) {
@@ -100,8 +105,6 @@ impl Chain {
             return Err(DiskError::State(format!("{} was not prepared", leaf.display())));
         };
         let old = layout.leaf()?;
-        old.vhdx.flush()?;
-        self.step("switch:flushed")?;
         fit_to(new, old)?;
         self.step("switch:fitted")?;
         // The old leaf's content ends here. Killed before: it goes on as the leaf. After: it holds an
@@ -117,9 +120,10 @@ impl Chain {
         Ok(id)
     }
 
-    /// Closes files that are no longer written clean and shares them, so that every tool, and every
-    /// other process, can read them. Call it after the pause of a switch; [`Chain::flush_map`] and
-    /// [`Chain::close`] do it too. A kill before it costs a replay and some re-reading, nothing else.
+    /// Syncs files that are no longer written, closes them clean and shares them, so that every tool,
+    /// and every other process, can read them. Call it after the pause of a switch; where it fails
+    /// the checkpoint is not durable. [`Chain::flush_map`] and [`Chain::close`] do it too. A kill
+    /// before it loses what the guest had not flushed, and costs a replay and some re-reading.
     pub fn settle(&self) -> Result<()> {
         {
             let _one = self.settling.lock();

@@ -5,7 +5,7 @@ use std::sync::atomic::AtomicBool;
 
 use uuid::Uuid;
 
-use super::world::{MIB, World, assert_same, merge, options, read_all, snapshot};
+use super::world::{MIB, World, assert_same, folder, merge, options, read_all, snapshot};
 use crate::block::Block;
 use crate::chain::{Chain, delete_disk_files};
 use crate::error::{DiskError, Result};
@@ -132,7 +132,7 @@ fn i7_hostile_locators_lead_nowhere() {
 
 #[test]
 fn chains_that_are_too_long_are_refused() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = folder();
     let file = |i: u32| folder.path().join(format!("d{i}.avhdx"));
     Chain::create(&file(0), &options(MIB, 1 << 20)).unwrap();
     for i in 1..=64 {
@@ -146,7 +146,7 @@ fn chains_that_are_too_long_are_refused() {
 
 #[test]
 fn a_larger_child_reads_zeros_beyond_its_parent() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = folder();
     let (base, leaf) = (folder.path().join("a.vhdx"), folder.path().join("b.avhdx"));
     Chain::create(&base, &options(2 * MIB + 512, 1 << 20)).unwrap();
     let chain = Chain::open(&base, Access::ReadWrite).unwrap();

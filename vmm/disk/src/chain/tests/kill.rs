@@ -159,7 +159,16 @@ fn kill_merge_everywhere(seed: u64, child: usize, with_guest: bool) {
         if with_guest && !paused(step) {
             guest.act(chain);
         }
-        *hook_seen.lock().entry(step).or_insert(0) += 1;
+        let count = {
+            let mut seen = hook_seen.lock();
+            let count = seen.entry(step).or_insert(0u32);
+            *count += 1;
+            *count
+        };
+        // Every step at first, then some of those that are many.
+        if count > 3 && !count.is_multiple_of(5) {
+            return Ok(());
+        }
         let copy = snapshot(&folder);
         verify_killed(copy.path(), &hook_leaf, &guest.allowed, &ids, step);
         if of_leaf && matches!(step, "merge:paused" | "merge:left") {
@@ -277,7 +286,7 @@ fn an_error_at_any_step_of_a_merge_leaves_the_disk_in_use() {
 
 #[test]
 fn an_error_at_any_step_of_a_switch_leaves_the_old_leaf_in_use() {
-    for at in ["switch:flushed", "switch:fitted", "switch:sealed"] {
+    for at in ["switch:fitted", "switch:sealed"] {
         let mut world = three_files(70);
         let (old, new): (PathBuf, PathBuf) = (world.leaf(), world.new_leaf());
         world.chain().prepare_leaf(&new).unwrap();

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::world::{MIB, Rng, assert_superset, merge, options, read_all};
+use super::world::{MIB, Rng, assert_superset, folder, merge, options, read_all};
 use crate::block::Block;
 use crate::chain::{Chain, delete_disk_files};
 use crate::vhdx::Access;
@@ -95,7 +95,7 @@ fn churn(chain: &Chain, folder: &std::path::Path, rounds: u32) -> Duration {
 
 #[test]
 fn i6_guests_notice_neither_switches_nor_merges() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = folder();
     let base = folder.path().join("disk.vhdx");
     Chain::create(&base, &options(SIZE, 4 << 20)).unwrap();
     let chain = Chain::open(&base, Access::ReadWrite).unwrap();
@@ -128,7 +128,7 @@ fn i6_guests_notice_neither_switches_nor_merges() {
 
 #[test]
 fn i3_changed_since_holds_for_a_merge_under_writes() {
-    let folder = tempfile::tempdir().unwrap();
+    let folder = folder();
     let base = folder.path().join("disk.vhdx");
     Chain::create(&base, &options(SIZE, 1 << 20)).unwrap();
     let chain = Chain::open(&base, Access::ReadWrite).unwrap();
@@ -181,7 +181,8 @@ fn pause_of_a_switch_under_full_write_load() {
     Chain::create(&base, &options(1 << 30, 32 << 20)).unwrap();
     let chain = Chain::open(&base, Access::ReadWrite).unwrap();
     let stop = AtomicBool::new(false);
-    let (written, mut pauses, mut merges) = (AtomicU64::new(0), Vec::new(), Vec::new());
+    let written = AtomicU64::new(0);
+    let (mut drains, mut pauses, mut merges) = (Vec::new(), Vec::new(), Vec::new());
     let slowest = AtomicU64::new(0);
     std::thread::scope(|scope| {
         for seed in 0..2 {
@@ -202,6 +203,7 @@ fn pause_of_a_switch_under_full_write_load() {
             chain.preflush().unwrap();
             let start = Instant::now();
             let pause = chain.pause();
+            drains.push(start.elapsed());
             chain.switch_leaf(&pause, &new).unwrap();
             drop(pause);
             pauses.push(start.elapsed());
@@ -214,11 +216,12 @@ fn pause_of_a_switch_under_full_write_load() {
         }
         stop.store(true, Ordering::Relaxed);
     });
-    pauses.sort();
-    merges.sort();
+    for times in [&mut drains, &mut pauses, &mut merges] {
+        times.sort();
+    }
     eprintln!(
-        "pause: median {:?}, p99 {:?}; merge: median {:?}, longest {:?}; {written:?} writes of 64 KiB, \
+        "pause: median {:?}, p99 {:?}, of it drain {:?}, {:?}; merge: median {:?}, longest {:?}; {written:?} writes of 64 KiB, \
          slowest {slowest:?} us",
-        pauses[50], pauses[98], merges[50], merges[99]
+        pauses[50], pauses[98], drains[50], drains[98], merges[50], merges[99]
     );
 }

@@ -86,7 +86,7 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn new(seed: u64, size: u64, block_size: u32) -> Self {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = folder();
         let base = folder.path().join("disk.vhdx");
         Chain::create(&base, &options(size, block_size)).unwrap();
         let chain = Chain::open(&base, Access::ReadWrite).unwrap();
@@ -258,10 +258,23 @@ pub(super) fn assert_superset(ranges: &[BlockRange], then: &[u8], now: &[u8]) {
     }
 }
 
+/// A folder for disks. In memory where there is room: these tests sync by the thousand, and a kill
+/// does not depend on the file system. (`tests/chains.rs` runs on the real one.)
+pub(super) fn folder() -> TempDir {
+    let memory = Path::new("/dev/shm");
+    let room = rustix::fs::statvfs(memory).map_or(0, |s| s.f_bavail * s.f_frsize);
+    if room > 1 << 30
+        && let Ok(folder) = tempfile::tempdir_in(memory)
+    {
+        return folder;
+    }
+    tempfile::tempdir().unwrap()
+}
+
 /// A copy of a folder, as a kill at this moment leaves it.
-pub(super) fn snapshot(folder: &Path) -> TempDir {
-    let copy = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(folder).unwrap() {
+pub(super) fn snapshot(from: &Path) -> TempDir {
+    let copy = folder();
+    for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
         sparse_copy(&entry.path(), &copy.path().join(entry.file_name()));
     }
