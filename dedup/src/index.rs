@@ -304,6 +304,46 @@ mod tests {
         }
     }
 
+    proptest::proptest! {
+        #[test]
+        fn no_segment_makes_the_reader_fail_badly(
+            junk in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..400),
+            at in 0usize..400,
+            value in proptest::prelude::any::<u8>(),
+            cut in 0usize..400,
+        ) {
+            use crate::object::{Header, Kind};
+            let _ = Batch::read_segment("s", "k", &[1; 16], &junk);
+            let header = Header::new(Kind::Pack, [1; 16], [2; 16]).unwrap();
+            let frame = FrameInfo {
+                offset: 88,
+                stored: 100,
+                raw: 4 << 16,
+                blobs: 4,
+                content: Content::Chunks,
+                codec: 1,
+            };
+            let pack = PackInfo { header, len: 5000, frames: vec![frame; 3] };
+            let ids: Vec<BlobId> = (0..4u8).map(|n| BlobId([n; 16])).collect();
+            let entry = crate::pack::encode_entry(&pack, &vec![ids; 3]);
+            let mut segment = encode_segment(&[entry]);
+            proptest::prop_assert!(Batch::read_segment("s", "k", &[1; 16], &segment).is_ok());
+            let (at, cut) = (at % segment.len(), cut % segment.len());
+            segment[at] = value;
+            if let Ok(batch) = Batch::read_segment("s", "k", &[1; 16], &segment) {
+                let mut index = Index::default();
+                index.add(batch);
+                // Whatever it says, what it names can be looked up.
+                (0..4u8).flat_map(|n| index.locate(&BlobId([n; 16]))).for_each(|place| {
+                    let info = place.info();
+                    assert!(u64::from(info.offset + info.stored) <= place.pack.len);
+                });
+            }
+            segment.truncate(cut);
+            proptest::prop_assert!(Batch::read_segment("s", "k", &[1; 16], &segment).is_err());
+        }
+    }
+
     #[test]
     fn merged_runs_keep_every_entry_in_order() {
         let run = |seed: u8, len: u32| {
