@@ -282,15 +282,13 @@ enum Stored {
 }
 
 fn decode(bytes: &[u8], tracking: Uuid, number: u64) -> Stored {
+    // Holes first, and by their head: a large disk's map is mostly holes.
+    if bytes[..PAGE_HEAD].iter().all(|&b| b == 0) && bytes.iter().all(|&b| b == 0) {
+        return Stored::Never;
+    }
     let valid =
         read_u32(bytes, 0) == page_crc(bytes, tracking) && u64::from(read_u32(bytes, 4)) == number;
-    if valid {
-        Stored::Epochs
-    } else if bytes.iter().all(|&b| b == 0) {
-        Stored::Never
-    } else {
-        Stored::Bad
-    }
+    if valid { Stored::Epochs } else { Stored::Bad }
 }
 
 /// Fills in a page's head. Shared with the bitmap pages of the `.mrt`.

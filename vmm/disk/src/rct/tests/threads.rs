@@ -23,6 +23,7 @@ fn race(seed: u64, rules: Rules, flush: bool) -> Life {
     let next = Random(seed).uuid();
     let (tracker, _) = Tracker::open_in(&world, &identity(world.guid()), next, 1, rules).unwrap();
     world.set_guid(next);
+    world.race();
     let (paused, running) = (RwLock::new(()), AtomicBool::new(true));
     let value = AtomicU64::new(1);
     let sealed = &mut life.sealed;
@@ -88,6 +89,7 @@ fn first_touches_share_their_syncs() {
     let next = Random(5).uuid();
     let (tracker, _) =
         Tracker::open_in(world, &identity(world.guid()), next, 1, Rules::default()).unwrap();
+    world.race();
     let (before, barrier) = (world.syncs(Name::Mrt), Barrier::new(8));
     std::thread::scope(|scope| {
         for region in 0..8 {
