@@ -69,7 +69,10 @@ impl From<ExportError> for Failure {
             ExportError::Engine(e) => engine_code(e),
             ExportError::Disk(e) => disk_code(e),
             ExportError::Target { source, .. } => repo_code(source),
-            ExportError::NoSuchTarget(_) | ExportError::NoSuchPoint(_) => Code::NotFound,
+            ExportError::NoSuchTarget(_)
+            | ExportError::NoSuchPoint(_)
+            | ExportError::PointNotFound { .. } => Code::NotFound,
+            ExportError::NoGoodCopy { .. } | ExportError::DamagedFile { .. } => Code::Damaged,
             ExportError::Cancelled => Code::Cancelled,
             _ => Code::Failed,
         };

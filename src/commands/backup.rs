@@ -32,8 +32,11 @@ pub(crate) fn run(context: &Context, command: BackupCommand) -> Result<ExitCode>
             progress.finish();
             let report = report?;
             context.output.result(&report, || describe_run(&report));
-            let partial = report.targets.iter().any(|t| t.error.is_some());
-            Ok(if partial { ExitCode::from(Code::Partial as u8) } else { ExitCode::SUCCESS })
+            Ok(if !report.complete() {
+                ExitCode::from(Code::Partial as u8)
+            } else {
+                ExitCode::SUCCESS
+            })
         }
         BackupCommand::List { vm } => list(context, &exporter, vm.as_deref()),
         BackupCommand::Show { point } => {

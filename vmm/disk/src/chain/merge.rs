@@ -250,6 +250,12 @@ impl Chain {
         let _pause = self.pause();
         let mut layout = self.layout.write();
         require_empty(job.child(&layout)?)?;
+        // The parent has the child's ids. From here on writes are marked in the parent alone: should a
+        // kill let the chain be opened at the child again, the child's map must not be asked.
+        let emptied = job.child(&layout)?.writing()?;
+        for id in emptied.sealed_ids() {
+            emptied.forget(&id)?;
+        }
         self.step("merge:paused")?;
         layout.merge = None;
         layout.generation += 1;
