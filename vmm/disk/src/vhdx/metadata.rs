@@ -104,6 +104,8 @@ impl Metadata {
                 _ if e.flags & IS_USER != 0 && e.flags & IS_REQUIRED != 0 => {
                     return Err(format!("unknown required user metadata item {}", e.id));
                 }
+                // Whatever its id: only system items say what the disk is.
+                _ if e.flags & IS_USER != 0 => {}
                 FILE_PARAMETERS => parameters = Some((u32_at(want(8)?, 0), u32_at(item, 4))),
                 DISK_SIZE => size = Some(u64_at(want(8)?, 0)),
                 DISK_ID => disk_id = Some(guid_at(want(16)?, 0)),

@@ -34,7 +34,8 @@ pub(crate) struct Opened {
     pub(crate) replay: Option<ReplayPlan>,
 }
 
-/// Opens a file's structures; with write access the log is replayed into the file.
+/// Opens a file's structures; with write access the log is replayed into the file, once everything has
+/// been found to be right: a refused file is not changed.
 pub(crate) fn open(path: &Path, storage: &dyn Storage, access: Access) -> Result<Opened> {
     let bad = |what: String| DiskError::corrupt(path, what);
     let reader = Reader { path, storage, replay: None };
@@ -50,14 +51,7 @@ pub(crate) fn open(path: &Path, storage: &dyn Storage, access: Access) -> Result
     let plan = find_replay(&reader, &header)?;
     let log = Region { offset: header.log_offset, len: u64::from(header.log_len) };
     let mut journal = Journal::new(path, header, slot);
-    let replay = match (plan, access) {
-        (Some(plan), Access::ReadWrite) => {
-            replay_into(path, storage, &mut journal, &plan)?;
-            None
-        }
-        (plan, _) => plan,
-    };
-    let reader = Reader { path, storage, replay: replay.as_ref() };
+    let reader = Reader { path, storage, replay: plan.as_ref() };
     let regions = read_regions(&reader)?;
     let metadata = read_metadata(&reader, &regions)?;
     let shape = Shape::new(metadata.geometry, metadata.block_size);
@@ -67,6 +61,15 @@ pub(crate) fn open(path: &Path, storage: &dyn Storage, access: Access) -> Result
     let mut taken = vec![log, regions.bat, regions.metadata];
     taken.extend(regions.unknown.iter().filter(|r| r.len > 0));
     let (bat, space) = Bat::parse(&bytes, &shape, metadata.kind, &taken, file_len).map_err(bad)?;
+    let replay = match (plan, access) {
+        (Some(plan), Access::ReadWrite) => {
+            replay_into(path, storage, &mut journal, &plan)?;
+            None
+        }
+        (plan, _) => plan,
+    };
+    let reader = Reader { path, storage, replay: replay.as_ref() };
+    let file_len = reader.len()?;
     Ok(Opened { journal, regions, metadata, shape, bat, space, file_len, replay })
 }
 

@@ -94,7 +94,8 @@ fn value_of(data: &[u8], sector: u64) -> Value {
     let (value, at) = (data[..8].try_into().unwrap(), data[8..16].try_into().unwrap());
     let (value, at) = (u64::from_le_bytes(value), u64::from_le_bytes(at));
     match (value, at) {
-        _ if data.chunks_exact(16).any(|unit| unit != &data[..16]) => GARBAGE,
+        // All units are the same.
+        _ if data[16..] != data[..496] => GARBAGE,
         (0, 0) => ZERO,
         (2.., at) if at == place(sector) => value,
         _ => GARBAGE,
@@ -299,17 +300,22 @@ fn survive(seeds: Range<u64>, differencing: bool, entry: usize) {
     for seed in seeds {
         let states =
             lives(seed, differencing, Fault::None, entry).unwrap_or_else(|e| panic!("{e}"));
-        assert!(states > 300, "{states}");
+        assert!(states > 500, "only {states} states");
     }
 }
 
 #[test]
 fn a_size_that_another_thread_sets_during_a_flush_is_not_promised() {
     let mut life = Life::new(new_file(true), Fault::None, usize::MAX, 1);
+    // The first entry counts only with the header that names it; take the second.
     life.run(Op::Write(0, 8));
+    life.run(Op::Flush);
+    life.run(Op::Write(PER_BLOCK, 8));
     life.recorder.extend_after_sync(64 * MIB);
     life.run(Op::Flush);
-    Kills::new(&life, 0).all().unwrap();
+    for seed in 0..20 {
+        Kills::new(&life, seed).all().unwrap();
+    }
 }
 
 #[test]
@@ -330,9 +336,7 @@ fn flushes_of_several_log_entries_survive_every_kill() {
 
 /// The kills must find each fault; otherwise the tests above prove nothing.
 fn is_found(fault: Fault, differencing: bool) {
-    let missed =
-        (0..6).filter(|seed| lives(*seed, differencing, fault, usize::MAX).is_ok()).count();
-    assert!(missed < 6, "no run notices");
+    assert!((0..6).any(|seed| lives(seed, differencing, fault, usize::MAX).is_err()));
 }
 
 #[test]

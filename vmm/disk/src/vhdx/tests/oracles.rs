@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use super::*;
 
 const MIB: u64 = 1 << 20;
-/// Not a whole number of blocks. 7-Zip takes only multiples of 4 KiB, of other writers too.
+/// Not a whole number of blocks. 7-Zip takes only multiples of 8 sectors, of other writers too.
 const SIZE: u64 = 35 * MIB + 3 * 4096;
 
 /// Small pseudo-random numbers.

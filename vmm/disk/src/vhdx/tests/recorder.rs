@@ -95,7 +95,12 @@ impl Image {
 
     /// Only some sectors of a write arrive.
     pub(super) fn apply_torn(&mut self, event: &Event, mut keep: impl FnMut() -> bool) {
-        let Event::Write { offset, data } = event else { return self.apply(event) };
+        let Event::Write { offset, data } = event else {
+            if keep() {
+                self.apply(event);
+            }
+            return;
+        };
         for (i, sector) in data.chunks(SECTOR).enumerate() {
             if keep() {
                 self.write(sector, offset + (i * SECTOR) as u64);

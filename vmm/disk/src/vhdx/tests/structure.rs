@@ -63,13 +63,16 @@ fn open(image: &Image, access: Access) -> crate::Result<Vhdx> {
     Vhdx::from_storage(Path::new("f.vhdx"), Box::new(Recorder::new(image.clone())), access)
 }
 
-/// Why both ways of opening refuse the file.
+/// Why both ways of opening refuse the file, which they must leave as it is.
 fn refused(b: &[u8]) -> String {
     let image = Image::from_bytes(b);
-    let said = [Access::ReadOnly, Access::ReadWrite].map(|access| match open(&image, access) {
-        Err(crate::DiskError::Corrupt { what, .. }) => what,
-        Err(e) => panic!("{e}"),
-        Ok(_) => panic!("opens with {access:?}"),
+    let said = [Access::ReadOnly, Access::ReadWrite].map(|access| {
+        let file = Recorder::new(image.clone());
+        match Vhdx::from_storage(Path::new("f.vhdx"), Box::new(file.clone()), access) {
+            Err(crate::DiskError::Corrupt { what, .. }) if file.now() == 0 => what,
+            Err(e) => panic!("{} changes, {e}", file.now()),
+            Ok(_) => panic!("opens with {access:?}"),
+        }
     });
     assert_eq!(said[0], said[1]);
     said[0].clone()
@@ -293,6 +296,14 @@ fn t8_wrapped_sequence_is_replayed_whole() {
 }
 
 #[test]
+fn damage_beside_a_log_leaves_the_log_alone() {
+    let mut b = with_log(&[(0, &mapping(1, 0, &[(1, 5), (2, 5)], SIZES))]);
+    assert!(refused(&b).contains("overlap"));
+    b[METADATA] ^= 1;
+    assert!(refused(&b).contains("signature"));
+}
+
+#[test]
 fn log_that_changes_headers_or_itself_is_refused() {
     for offset in [HEADERS[0], LOG, LOG + 64 * 1024] {
         let update = Update::Data { offset: offset as u64, page: Box::new([0; 4096]) };
@@ -340,6 +351,10 @@ fn metadata_and_regions_that_contradict_are_refused() {
         let said = refused(&b);
         assert!(said.contains(why), "{why}: {said}");
     }
+    // The size as a user item does not count.
+    let mut b = file();
+    put(&mut b, entry(1) + 24, &[1]);
+    assert!(refused(&b).contains("no virtual disk size"));
     let mut b = file();
     for at in REGIONS {
         put(&mut b, at + 16, &[9; 16]);

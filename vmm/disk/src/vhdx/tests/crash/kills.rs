@@ -90,7 +90,7 @@ impl<'a> Kills<'a> {
         for event in &self.unsynced {
             match (way, numbers.below(4)) {
                 (0, _) | (3, 0..2) => image.apply(event),
-                (1, _) | (2, 0) => {}
+                (1, _) | (2, 0) | (3, 2) => {}
                 (2, 1) => image.apply(event),
                 _ => image.apply_torn(event, || numbers.below(2) == 0),
             }
