@@ -114,13 +114,15 @@ fn kill(host: &Host, victim: Victim, run: &Child) -> bool {
         Victim::Command => Some(run.id()),
         _ => find(host, victim.mark()),
     };
-    pid.is_some_and(|pid| {
-        std::process::Command::new("kill")
-            .args(["-9", &pid.to_string()])
-            .status()
-            .unwrap()
-            .success()
-    })
+    let Some(pid) = pid else { return false };
+    let status =
+        std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+    // A process with much memory takes a moment to be gone; until then its VM counts as running.
+    let alive = || std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty());
+    while victim != Victim::Command && alive() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    status.success()
 }
 
 /// The process whose command line names this host's folder and contains `mark`.
