@@ -7,7 +7,7 @@ use super::Chain;
 use super::open::folder_of;
 use crate::error::{DiskError, Result};
 use crate::rct::{DiskIdentity, Tracker, pair_paths};
-use crate::vhdx::{Access, CreateOptions, Properties, Vhdx};
+use crate::vhdx::{Access, CreateOptions, Properties, Vhdx, pending_path};
 
 /// A file that a merge has emptied may still be held by a guest's request that began before: so long
 /// a deletion waits for it.
@@ -61,7 +61,7 @@ pub fn delete_disk_files(path: &Path) -> Result<()> {
         std::thread::sleep(Duration::from_millis(5));
     }
     let (rct, mrt) = pair_paths(path);
-    for file in [&mrt, &rct] {
+    for file in [&mrt, &rct, &pending_path(path)] {
         remove(file)?;
     }
     sync_folder(path)?;

@@ -34,7 +34,7 @@ pub(super) fn open_nodes(leaf: &Path, access: Access) -> Result<Vec<Node>> {
             return Err(DiskError::corrupt(leaf, what));
         }
         let parent = open_parent(&folder, child.path(), &properties, &locator, &mut seen)?;
-        nodes.push(parent);
+        nodes.push(if access == Access::ReadWrite { settled(parent)? } else { parent });
     }
     nodes.reverse();
     Ok(nodes)
@@ -104,6 +104,24 @@ fn open_parent(
         path: child.to_owned(),
         parent: names.first().map_or_else(String::new, |n| n.escape_debug().to_string()),
     }))
+}
+
+/// Finishes what the death of a writer left in a file that is a parent now: it had been switched away
+/// from and not closed yet. A flush of the leaf promises what was written there too.
+///
+/// A kill in between leaves the file as it was, or closed clean.
+fn settled(parent: Node) -> Result<Node> {
+    let parent = if parent.vhdx.has_recovered() {
+        let path = parent.path().to_owned();
+        drop(parent);
+        let vhdx = Vhdx::open(&path, Access::ReadWrite)?;
+        vhdx.freeze()?;
+        Node::new(vhdx, Access::ReadOnly)
+    } else {
+        parent
+    };
+    parent.vhdx.sync()?;
+    Ok(parent)
 }
 
 fn check_parent(

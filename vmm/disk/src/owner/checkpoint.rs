@@ -64,14 +64,11 @@ impl Checkpoints {
         self.prepared = None;
         preflush(&pairs)?;
         let (switched, pause_us) = switch_all(&pairs);
-        // The old leaves are closed clean before the answer: who gets it may open them at once. I/O
-        // goes on meanwhile; the next map flush tries again where it fails.
-        for (disk, _) in &pairs {
-            if let Err(error) = disk.chain.settle() {
-                tracing::warn!(disk = disk.name, %error, "sealed leaf not closed clean yet");
-            }
-        }
-        let response = Response::Committed { pause_us, disks: switched? };
+        let switched = switched?;
+        // The old leaves are closed clean before the answer: who gets it may open them at once, and
+        // what they hold is durable. I/O goes on meanwhile.
+        settle(&pairs)?;
+        let response = Response::Committed { pause_us, disks: switched };
         self.committed = Some((leaves.to_vec(), response.clone()));
         Ok(response)
     }
@@ -153,6 +150,21 @@ fn switch_all(pairs: &[(&Disk, &Path)]) -> (Result<Vec<CommittedDisk>>, u64) {
         )
     };
     (Err(DiskError::State(message)), pause_us)
+}
+
+/// Syncs and closes the old leaves. A checkpoint whose sync failed is none: the client undoes it, by
+/// merging the new leaves back. The next map flush tries to close them again.
+fn settle(pairs: &[(&Disk, &Path)]) -> Result<()> {
+    for (disk, _) in pairs {
+        disk.chain.settle().map_err(|error| {
+            DiskError::State(format!(
+                "disk {}: the leaf that the checkpoint sealed could not be made durable: {error}; all \
+                 disks are on their new leaves, which must be merged back",
+                disk.name
+            ))
+        })?;
+    }
+    Ok(())
 }
 
 fn discard<'a>(disks: impl Iterator<Item = &'a Disk>) {

@@ -86,6 +86,23 @@ pub(crate) struct Payload {
     pub(crate) offset: u64,
 }
 
+impl Payload {
+    /// The entry as the table holds it.
+    pub(crate) fn raw(self) -> u64 {
+        match self.state {
+            BlockState::NotPresent => NOT_PRESENT,
+            BlockState::Zero => ZERO,
+            BlockState::Full => FULL | self.offset,
+            BlockState::Partial => PARTIAL | self.offset,
+        }
+    }
+}
+
+/// The entry of a sector bitmap block at `offset`.
+pub(crate) fn bitmap_raw(offset: u64) -> u64 {
+    FULL | offset
+}
+
 impl Bat {
     /// From the region's bytes, checked against `file_len` and the other regions. Gives the table and
     /// the space that blocks and regions occupy.
@@ -137,7 +154,7 @@ impl Bat {
         self.entries.get(index as usize).map_or(0, |e| e.load(Ordering::Acquire))
     }
 
-    fn set_raw(&self, index: u64, value: u64) {
+    pub(crate) fn set_raw(&self, index: u64, value: u64) {
         if let Some(entry) = self.entries.get(index as usize) {
             entry.store(value, Ordering::Release);
         }
@@ -159,20 +176,6 @@ impl Bat {
     pub(crate) fn bitmap(&self, shape: &Shape, block: u64) -> Option<u64> {
         let raw = self.raw(shape.bitmap_index(block));
         (raw & STATE_MASK == FULL).then_some(raw & !(STATE_MASK | RESERVED_MASK))
-    }
-
-    pub(crate) fn set_payload(&self, shape: &Shape, block: u64, payload: Payload) {
-        let raw = match payload.state {
-            BlockState::NotPresent => NOT_PRESENT,
-            BlockState::Zero => ZERO,
-            BlockState::Full => FULL | payload.offset,
-            BlockState::Partial => PARTIAL | payload.offset,
-        };
-        self.set_raw(shape.payload_index(block), raw);
-    }
-
-    pub(crate) fn set_bitmap(&self, shape: &Shape, block: u64, offset: u64) {
-        self.set_raw(shape.bitmap_index(block), FULL | offset);
     }
 
     /// One 4 KiB page of the table as it goes to the file.

@@ -3,6 +3,8 @@
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 
+use super::pending_file::PendingFile;
+
 /// Sectors that one page covers.
 pub(crate) const PAGE_SECTORS: u64 = 4096 * 8;
 /// Pages of one sector bitmap block.
@@ -21,6 +23,8 @@ pub(crate) struct Pending {
     pub(crate) freed: Vec<u64>,
     /// Blocks set to NOT_PRESENT since the last flush began.
     pub(crate) released: BTreeSet<u64>,
+    /// Where the same changes outlive this process.
+    pub(crate) file: Option<PendingFile>,
 }
 
 impl Pending {

@@ -46,6 +46,12 @@ pub fn check(path: &Path) -> Result<CheckReport> {
     if disk.needs_replay() {
         report.notes.push("the log is not empty; the next writable open replays it".to_owned());
     }
+    if disk.has_recovered() {
+        report.notes.push(
+            "the writer died: changes in the pending file; the next writable open commits them"
+                .to_owned(),
+        );
+    }
     if disk.properties().kind == Kind::Differencing {
         report.notes.push("a differencing disk: its parent was not checked".to_owned());
     }

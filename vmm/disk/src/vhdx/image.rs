@@ -7,7 +7,8 @@
 //!
 //! | killed | state of a new block |
 //! |---|---|
-//! | before the flush's log entry is durable | not there: reads as before (parent or zeros), the file has an unreferenced place that the next open reuses |
+//! | before it is acknowledged | there or not: reads as before (parent or zeros), the file may have an unreferenced place that the next open reuses |
+//! | acknowledged, before the flush's log entry is durable | after the death of the process alone: there, by the pending file; after a power cut as before |
 //! | after it | there, with all its payload: payload was synced before the entry was written |
 
 mod commit;
@@ -26,6 +27,7 @@ use super::layout::Regions;
 use super::log::ReplayPlan;
 use super::metadata::Metadata;
 use super::open::{self, Opened, Reader, read_zero_filled};
+use super::pending_file::{Beside, Change, Identity, PendingFile, Place, pending_path};
 use super::storage::{self, Storage};
 use super::{Access, BlockState, CreateOptions, Kind, Presence, Properties, create};
 use crate::block::BlockRange;
@@ -51,6 +53,8 @@ pub struct Vhdx {
     file_len: Mutex<u64>,
     journal: Mutex<Journal>,
     replay: Option<ReplayPlan>,
+    /// A killed writer left changes in the pending file.
+    recovered: bool,
     /// Payload was written since the last sync began.
     unsynced: AtomicBool,
     /// A sync or metadata write failed: what is on disk is unknown, nothing more may be promised.
@@ -70,22 +74,45 @@ impl Vhdx {
     /// reading).
     pub fn open(path: &Path, access: Access) -> Result<Self> {
         let file = storage::open(path, access)?;
-        Self::from_storage(path, Box::new(file), access)
+        let identity = Identity::of(&file).map_err(|e| DiskError::io("examine", path, e))?;
+        if identity.is_none() {
+            let disk = path.display();
+            tracing::warn!(%disk, "no boot id: the death of the writer will be like a power cut");
+        }
+        let place: Box<dyn Place> = Box::new(Beside(pending_path(path)));
+        Self::from_parts(path, Box::new(file), identity.map(|i| (place, i)), access)
     }
 
-    /// Opens what lies in `storage`; `path` is for messages.
+    /// Opens what lies in `storage`, without a pending file; `path` is for messages.
+    #[cfg(test)]
     pub(crate) fn from_storage(
         path: &Path,
         storage: Box<dyn Storage>,
         access: Access,
     ) -> Result<Self> {
-        let Opened { mut journal, regions, metadata, shape, bat, space, file_len, replay } =
-            open::open(path, &*storage, access)?;
+        Self::from_parts(path, storage, None, access)
+    }
+
+    /// Opens what lies in `storage`, with what a killed writer left in the pending file.
+    ///
+    /// Killed in it: the log is replayed again and the pending file is applied again, until it is
+    /// removed, and then all of it has been committed.
+    pub(crate) fn from_parts(
+        path: &Path,
+        storage: Box<dyn Storage>,
+        beside: Option<(Box<dyn Place>, Identity)>,
+        access: Access,
+    ) -> Result<Self> {
+        let guid = Uuid::new_v4();
+        let source = beside.as_ref().map(|(place, identity)| (&**place, *identity));
+        let Opened { mut journal, regions, metadata, shape, bat, space, file_len, replay, changes } =
+            open::open(path, &*storage, source, access, guid)?;
         if access == Access::ReadWrite {
             // Before the first change of any kind, as the format demands.
-            journal.set_header(&*storage, |h| h.file_write_guid = Uuid::new_v4())?;
+            journal.set_header(&*storage, |h| h.file_write_guid = guid)?;
         }
-        Ok(Self {
+        let recovered = !changes.is_empty();
+        let disk = Self {
             path: path.to_owned(),
             storage,
             access: RwLock::new(access),
@@ -102,15 +129,43 @@ impl Vhdx {
             replay,
             unsynced: AtomicBool::new(false),
             failed: AtomicBool::new(false),
+            recovered,
             #[cfg(test)]
             reuse_early: false,
-        })
+        };
+        disk.take_over(&changes)?;
+        if let (Access::ReadWrite, Some((place, identity))) = (access, beside) {
+            place.remove().map_err(disk.io("remove the pending file of"))?;
+            disk.pending.write().file = Some(PendingFile::new(place, identity, guid));
+        }
+        Ok(disk)
+    }
+
+    /// Takes the changes of a killed writer over, durably with write access, otherwise in memory.
+    fn take_over(&self, changes: &[Change]) -> Result<()> {
+        for change in changes {
+            if let Change::Sectors { first, .. } = change {
+                self.load_bitmap(first / self.shape.sectors_per_block())?;
+            }
+        }
+        self.apply(&mut self.pending.write(), changes);
+        if self.recovered && *self.access.read() == Access::ReadWrite {
+            // Payload first, as always: it is in the page cache, and perhaps only there.
+            self.flush_pending()?;
+        }
+        Ok(())
     }
 
     /// Makes every flush take several log entries.
     #[cfg(test)]
     pub(crate) fn limit_log_entries(&self, pages: usize) {
         self.journal.lock().page_limit = pages;
+    }
+
+    /// Ends as the death of the process does: nothing more is written.
+    #[cfg(test)]
+    pub(crate) fn abandon(self) {
+        self.failed.store(true, Ordering::Release);
     }
 
     /// The file's path.
@@ -141,6 +196,17 @@ impl Vhdx {
     /// Whether a writable open will replay the log.
     pub fn needs_replay(&self) -> bool {
         self.replay.is_some()
+    }
+
+    /// Whether the open found changes that a killed writer had acknowledged and not committed. They are
+    /// there: in memory only after a read-only open.
+    pub fn has_recovered(&self) -> bool {
+        self.recovered
+    }
+
+    /// Makes what any process wrote to the file durable as far as the page cache holds it.
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.storage.sync().map_err(self.io("sync"))
     }
 
     /// The state of payload block `index`.
@@ -186,9 +252,17 @@ impl Vhdx {
     }
 
     /// After a failed sync or header write it is unknown what is on disk, and a later sync may well
-    /// succeed without the lost pages: no more promises.
+    /// succeed without the lost pages: no more promises. The pending file goes too: payload that it
+    /// points at may be lost. The next open finds what the last good flush left.
     fn or_fail<T>(&self, done: Result<T>) -> Result<T> {
-        done.inspect_err(|_| self.failed.store(true, Ordering::Release))
+        done.inspect_err(|_| {
+            self.failed.store(true, Ordering::Release);
+            if let Some(mut file) = self.pending.write().file.take()
+                && let Err(error) = file.discard()
+            {
+                tracing::error!(disk = %self.path.display(), %error, "pending file not removed");
+            }
+        })
     }
 
     /// The parts of a range, one per block: block, offset in the block, offset in the range, length.

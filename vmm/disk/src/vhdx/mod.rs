@@ -12,6 +12,7 @@ mod locator;
 mod log;
 mod metadata;
 mod open;
+mod pending_file;
 pub(crate) mod storage;
 #[cfg(test)]
 mod tests;
@@ -24,6 +25,7 @@ use crate::block::Geometry;
 
 pub use check::{CheckReport, check};
 pub use image::Vhdx;
+pub(crate) use pending_file::pending_path;
 
 /// The block size for a new disk. Small blocks keep an AVHDX of scattered writes and its merge small;
 /// from 4 TiB on they grow so that the block table in memory stays within 16 MiB.

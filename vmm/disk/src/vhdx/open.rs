@@ -14,6 +14,7 @@ use super::layout::{
 };
 use super::log::{self, ReplayPlan, Update};
 use super::metadata::Metadata;
+use super::pending_file::{Change, Found, Identity, PendingFile, Place, pending_path};
 use super::storage::Storage;
 use crate::error::{DiskError, Result};
 
@@ -32,11 +33,20 @@ pub(crate) struct Opened {
     pub(crate) file_len: u64,
     /// A read-only open's replay, applied to every metadata read.
     pub(crate) replay: Option<ReplayPlan>,
+    /// What the pending file adds: entries are in `bat` already, sectors are not yet in any bitmap.
+    pub(crate) changes: Vec<Change>,
 }
 
 /// Opens a file's structures; with write access the log is replayed into the file, once everything has
-/// been found to be right: a refused file is not changed.
-pub(crate) fn open(path: &Path, storage: &dyn Storage, access: Access) -> Result<Opened> {
+/// been found to be right: a refused file is not changed. `next` is the FileWriteGuid that a writer is
+/// about to set.
+pub(crate) fn open(
+    path: &Path,
+    storage: &dyn Storage,
+    beside: Option<(&dyn Place, Identity)>,
+    access: Access,
+    next: Uuid,
+) -> Result<Opened> {
     let bad = |what: String| DiskError::corrupt(path, what);
     let reader = Reader { path, storage, replay: None };
     let signature = reader.read(0, 8).map_err(|_| bad("too short for a VHDX file".to_owned()))?;
@@ -49,6 +59,8 @@ pub(crate) fn open(path: &Path, storage: &dyn Storage, access: Access) -> Result
     let (header, slot) = current_header(a, b).map_err(bad)?;
     header.validate().map_err(bad)?;
     let plan = find_replay(&reader, &header)?;
+    let mut found = find_pending(path, beside, access, &header)?;
+    let present = header.file_write_guid;
     let log = Region { offset: header.log_offset, len: u64::from(header.log_len) };
     let mut journal = Journal::new(path, header, slot);
     let reader = Reader { path, storage, replay: plan.as_ref() };
@@ -57,20 +69,86 @@ pub(crate) fn open(path: &Path, storage: &dyn Storage, access: Access) -> Result
     let shape = Shape::new(metadata.geometry, metadata.block_size);
     let file_len = reader.len()?;
     let bat_len = (shape.entries() * 8).min(regions.bat.len);
-    let bytes = reader.read(regions.bat.offset, bat_len as usize)?;
+    let mut bytes = reader.read(regions.bat.offset, bat_len as usize)?;
+    let changes = found.as_mut().map(|f| std::mem::take(&mut f.changes)).unwrap_or_default();
+    apply_entries(&changes, &mut bytes, &shape).map_err(|what| stale_pending(path, &what))?;
     let mut taken = vec![log, regions.bat, regions.metadata];
     taken.extend(regions.unknown.iter().filter(|r| r.len > 0));
-    let (bat, space) = Bat::parse(&bytes, &shape, metadata.kind, &taken, file_len).map_err(bad)?;
+    let parsed = Bat::parse(&bytes, &shape, metadata.kind, &taken, file_len);
+    let (bat, space) = match changes.is_empty() {
+        true => parsed.map_err(bad)?,
+        false => parsed.map_err(|what| stale_pending(path, &what))?,
+    };
+    check_sectors(&changes, &bat, &shape).map_err(|what| stale_pending(path, &what))?;
+    if let (Some(found), Access::ReadWrite) = (&mut found, access) {
+        found
+            .accept([present, next])
+            .map_err(|e| DiskError::io("write the pending file of", path, e))?;
+    }
     let replay = match (plan, access) {
         (Some(plan), Access::ReadWrite) => {
-            replay_into(path, storage, &mut journal, &plan)?;
+            replay_into(path, storage, &mut journal, &plan, next)?;
             None
         }
         (plan, _) => plan,
     };
     let reader = Reader { path, storage, replay: replay.as_ref() };
     let file_len = reader.len()?;
-    Ok(Opened { journal, regions, metadata, shape, bat, space, file_len, replay })
+    Ok(Opened { journal, regions, metadata, shape, bat, space, file_len, replay, changes })
+}
+
+/// What a killed writer left in the pending file.
+fn find_pending(
+    path: &Path,
+    beside: Option<(&dyn Place, Identity)>,
+    access: Access,
+    header: &Header,
+) -> Result<Option<Found>> {
+    let Some((place, identity)) = beside else { return Ok(None) };
+    let writable = access == Access::ReadWrite;
+    PendingFile::find(place, identity, header.file_write_guid, writable)
+        .map_err(|e| DiskError::io("read the pending file of", path, e))
+}
+
+fn stale_pending(path: &Path, what: &str) -> DiskError {
+    let file = pending_path(path);
+    DiskError::corrupt(
+        path,
+        format!(
+            "with {} applied: {what}; remove that file to open the disk as after a power cut",
+            file.display()
+        ),
+    )
+}
+
+type Checked = std::result::Result<(), String>;
+
+/// Puts the table entries in their places; they are checked with the rest of the table.
+fn apply_entries(changes: &[Change], table: &mut [u8], shape: &Shape) -> Checked {
+    for change in changes {
+        if let Change::Entry { index, value } = *change {
+            let at = usize::try_from(index).ok().filter(|_| index < shape.entries());
+            let at = at.and_then(|i| i.checked_mul(8)).filter(|at| at + 8 <= table.len());
+            let at = at.ok_or_else(|| format!("there is no block table entry {index}"))?;
+            table[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+    }
+    Ok(())
+}
+
+/// Changed sectors must lie in one block of the disk each, in a chunk that has a bitmap.
+fn check_sectors(changes: &[Change], bat: &Bat, shape: &Shape) -> Checked {
+    let per_block = shape.sectors_per_block();
+    for change in changes {
+        if let Change::Sectors { first, count, .. } = *change {
+            let block = first / per_block;
+            let inside = count >= 1 && count <= per_block - first % per_block;
+            if !inside || block >= shape.blocks || bat.bitmap(shape, block).is_none() {
+                return Err(format!("there are no bits for {count} sectors from {first} on"));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Reads metadata as it is after the replay.
@@ -149,9 +227,10 @@ fn replay_into(
     storage: &dyn Storage,
     journal: &mut Journal,
     plan: &ReplayPlan,
+    next: Uuid,
 ) -> Result<()> {
     let failed = |e| DiskError::io("replay the log of", path, e);
-    journal.set_header(storage, |h| h.file_write_guid = Uuid::new_v4())?;
+    journal.set_header(storage, |h| h.file_write_guid = next)?;
     if storage.len().map_err(failed)? < plan.file_len {
         storage.set_len(plan.file_len.next_multiple_of(MIB)).map_err(failed)?;
     }

@@ -413,3 +413,26 @@ fn a_merge_leaves_a_child_that_reads_the_same() {
     assert_same(&read_all(&chain), &world.content, "the child after its merge");
     assert_eq!(chain.properties().parent.unwrap().linkage2, None);
 }
+
+/// The writer died after it had switched away from the file and before it had closed it.
+#[test]
+fn i5_a_parent_that_a_dead_writer_left_open_is_made_durable() {
+    let folder = folder();
+    let (base, leaf) = (folder.path().join("disk.vhdx"), folder.path().join("disk_1.avhdx"));
+    Chain::create(&base, &options(8 * MIB, 1 << 20)).unwrap();
+    child_of(&base, &leaf, |_| ());
+    let old = Vhdx::open(&base, Access::ReadWrite).unwrap();
+    old.write_at(2 * MIB, &[7; 4096]).unwrap();
+    old.abandon();
+    let held = |access| {
+        let mut data = [0; 4096];
+        Chain::open(&leaf, access).unwrap().read_at(2 * MIB, &mut data).unwrap();
+        data == [7; 4096]
+    };
+    assert!(held(Access::ReadOnly));
+    assert!(folder.path().join("disk.vhdx.pending").exists(), "reading changes nothing");
+    // A flush of the leaf promises what lies in the parent too: nothing of it may be pending.
+    assert!(held(Access::ReadWrite));
+    assert!(!folder.path().join("disk.vhdx.pending").exists());
+    assert!(held(Access::ReadOnly));
+}

@@ -33,3 +33,16 @@ impl Hook {
         *self.0.lock() = None;
     }
 }
+
+impl Chain {
+    /// Makes the operations of this chain fail at a step, or at none any more.
+    pub(crate) fn fail_at(&self, failing: Option<&'static str>) {
+        self.hook.clear();
+        if let Some(failing) = failing {
+            self.hook.set(move |_, step| match step == failing {
+                true => Err(crate::error::DiskError::State(format!("failed at {step}"))),
+                false => Ok(()),
+            });
+        }
+    }
+}

@@ -256,6 +256,30 @@ fn a_switch_that_fails_half_way_says_which_disks_have_switched() {
 }
 
 #[test]
+fn a_checkpoint_whose_sealed_leaf_is_not_durable_fails() {
+    let vm = Vm::new(&["a"]);
+    let chain = Chain::open(&vm.file("a.vhdx"), Access::ReadWrite).unwrap();
+    let disks = [Disk::new("a".to_owned(), chain)];
+    let leaves = vm.leaves(&["a"], "one");
+    let mut checkpoints = Checkpoints::default();
+    checkpoints.prepare(&disks, &leaves).unwrap();
+    disks[0].chain.fail_at(Some("settled"));
+    for _ in 0..2 {
+        // Asked again, it must not come out as done either.
+        let error = checkpoints.commit(&disks, &leaves).unwrap_err().to_string();
+        assert!(error.contains("durable") || error.contains("not prepared"), "{error}");
+    }
+    // What the engine does about it.
+    disks[0].chain.fail_at(None);
+    disks[0].start_merge(&leaves[0].1).unwrap();
+    while matches!(disks[0].merge_state(), MergeState::Running { .. }) {
+        thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert_eq!(disks[0].chain.files(), [vm.file("a.vhdx")]);
+    disks[0].chain.close().unwrap();
+}
+
+#[test]
 fn discarded_leaves_are_gone_and_never_switched_to() {
     let (vm, owner) = two_disks();
     let mut client = owner.client();

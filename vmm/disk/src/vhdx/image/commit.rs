@@ -10,6 +10,7 @@ use crate::vhdx::journal::Journal;
 use crate::vhdx::log::Update;
 use crate::vhdx::metadata;
 use crate::vhdx::open::Reader;
+use crate::vhdx::pending_file::PendingFile;
 use crate::vhdx::{Access, ParentLocator};
 
 impl Vhdx {
@@ -25,11 +26,15 @@ impl Vhdx {
         // and share its failure.
         let mut journal = self.journal.lock();
         self.check_failed()?;
-        let (updates, freed) = self.take_pending();
+        let (updates, freed, area) = self.take_pending();
         if !self.unsynced.swap(false, Ordering::AcqRel) && updates.is_empty() {
             return Ok(());
         }
         self.sync_and_commit(&mut journal, &updates)?;
+        if let Some(area) = area {
+            let emptied = self.pending.read().file.as_ref().map_or(Ok(()), |f| f.empty(area));
+            self.or_fail(emptied.map_err(self.io("write the pending file of")))?;
+        }
         // Only now does no durable table entry point at these places any more.
         let mut space = self.space.lock();
         freed.into_iter().for_each(|offset| space.give_back(offset));
@@ -50,8 +55,10 @@ impl Vhdx {
     /// come before the table: a block's bits are there before the table points at it (a block becomes
     /// partial only from NOT_PRESENT, in which state nobody looks at its bits). The table goes
     /// backwards: a chunk's bitmap entry follows its blocks', and no partial block may lack it.
-    fn take_pending(&self) -> (Vec<Update>, Vec<u64>) {
+    /// Also gives the places that become free, and the area of the pending file to be emptied.
+    fn take_pending(&self) -> (Vec<Update>, Vec<u64>, Option<usize>) {
         let mut pending = self.pending.write();
+        let area = pending.file.as_mut().and_then(PendingFile::turn);
         pending.released.clear();
         let bitmaps = std::mem::take(&mut pending.dirty_bitmap);
         let tables = std::mem::take(&mut pending.dirty_bat);
@@ -67,7 +74,7 @@ impl Vhdx {
             let offset = self.regions.bat.offset + number * 4096;
             updates.push(Update::Data { offset, page: self.bat.page(number) });
         }
-        (updates, std::mem::take(&mut pending.freed))
+        (updates, std::mem::take(&mut pending.freed), area)
     }
 
     /// Sets a new DataWriteGuid in both headers, durable when this returns. The caller has announced
@@ -124,7 +131,11 @@ impl Vhdx {
         let mut journal = self.journal.lock();
         self.check_failed()?;
         let synced = self.storage.sync().map_err(self.io("sync"));
-        self.or_fail(synced.and_then(|()| journal.close_log(&*self.storage)))
+        self.or_fail(synced.and_then(|()| journal.close_log(&*self.storage)))?;
+        match &mut self.pending.write().file {
+            Some(file) => file.close().map_err(self.io("remove the pending file of")),
+            None => Ok(()),
+        }
     }
 
     /// Ends writing: clean, read-only from now on, the lock shared with other readers.

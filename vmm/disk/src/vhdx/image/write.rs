@@ -1,11 +1,13 @@
 //! Writing: where data goes, and what that changes in the block table and the bitmaps.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::Vhdx;
 use crate::error::Result;
-use crate::vhdx::bat::{BITMAP_BLOCK, Payload, Place};
+use crate::vhdx::bat::{BITMAP_BLOCK, Payload, Place, bitmap_raw};
 use crate::vhdx::bitmap::Pending;
+use crate::vhdx::pending_file::{Change, PendingFile};
 use crate::vhdx::storage::write_zeros;
 use crate::vhdx::{BlockState, Kind};
 
@@ -15,6 +17,7 @@ impl Vhdx {
         let _writable = self.writable()?;
         self.check_range(offset, buf.len() as u64)?;
         for (block, within, at, n) in self.pieces(offset, buf.len() as u64) {
+            self.make_room()?;
             self.write_block(block, within, &buf[at as usize..(at + n) as usize])?;
         }
         Ok(())
@@ -42,8 +45,7 @@ impl Vhdx {
             BlockState::Full => self.write_payload(data, payload.offset + within),
             BlockState::Partial => {
                 self.write_payload(data, payload.offset + within)?;
-                self.mark_present(block, within, data.len() as u64, payload);
-                Ok(())
+                self.mark_present(block, within, data.len() as u64, payload)
             }
             BlockState::Zero => self.allocate_full(block, within, data),
             BlockState::NotPresent if self.kind != Kind::Differencing => {
@@ -93,10 +95,9 @@ impl Vhdx {
         };
         let written = cleared.and_then(|()| self.write_payload(data, place.offset + within));
         written.inspect_err(|_| self.space.lock().give_back(place.offset))?;
-        let mut pending = self.pending.write();
         let payload = Payload { state: BlockState::Full, offset: place.offset };
-        self.set_payload(&mut pending, block, payload);
-        Ok(())
+        let added = self.change(&mut self.pending.write(), &[self.entry(block, payload)]);
+        added.inspect_err(|_| self.space.lock().give_back(place.offset))
     }
 
     /// A new block that holds only the written sectors.
@@ -116,22 +117,22 @@ impl Vhdx {
         let written = self.write_payload(data, place.offset + within);
         written.inspect_err(|_| self.space.lock().give_back(place.offset))?;
         let mut pending = self.pending.write();
+        let mut changes = Vec::with_capacity(4);
         if let Some(offset) = bitmap
             && self.bat.bitmap(&self.shape, block).is_none()
         {
-            self.bat.set_bitmap(&self.shape, block, offset);
-            pending.dirty_bat.insert(self.shape.bitmap_index(block) / 512);
+            let index = self.shape.bitmap_index(block);
+            changes.push(Change::Entry { index, value: bitmap_raw(offset) });
         }
+        let Range { start, end } = self.sectors(block);
         // Bits of an earlier life of this block may still be set.
-        pending.set(self.sectors(block), false);
-        drop(pending);
-        self.mark_present(
-            block,
-            within,
-            data.len() as u64,
-            Payload { state: BlockState::Partial, offset: place.offset },
-        );
-        Ok(())
+        changes.push(Change::Sectors { first: start, count: end - start, present: false });
+        changes.push(self.written(block, within, data.len() as u64));
+        // Last: only now does anybody look at the bits.
+        let payload = Payload { state: BlockState::Partial, offset: place.offset };
+        changes.push(self.entry(block, payload));
+        let added = self.change(&mut pending, &changes);
+        added.inspect_err(|_| self.space.lock().give_back(place.offset))
     }
 
     /// A sector bitmap block at the end of the file, all zero. If another thread gives the chunk one at
@@ -143,24 +144,60 @@ impl Vhdx {
         Ok(place.offset)
     }
 
-    /// Records that the sectors are in this file; a block that has them all becomes full. The block's
-    /// stripe is held for writing and the data has been written: a flush in between logs either none
-    /// of it or all of it.
-    fn mark_present(&self, block: u64, within: u64, len: u64, payload: Payload) {
+    /// Says that more sectors of a partial block are in this file; a block that has them all becomes
+    /// full. The block's stripe is held for writing and the data has been written: a flush in between
+    /// logs either none of it or all of it.
+    fn mark_present(&self, block: u64, within: u64, len: u64, payload: Payload) -> Result<()> {
+        let written = self.written(block, within, len);
+        let Change::Sectors { first, count, .. } = written else { return Ok(()) };
+        let all = self.sectors(block);
+        let mut pending = self.pending.write();
+        let full = pending.all(all.start..first) && pending.all(first + count..all.end);
+        let entry = self.entry(block, Payload { state: BlockState::Full, ..payload });
+        let changes = [written, entry];
+        self.change(&mut pending, if full { &changes } else { &changes[..1] })
+    }
+
+    /// The sectors of a range of a block as present ones.
+    fn written(&self, block: u64, within: u64, len: u64) -> Change {
         let sector = self.shape.sector;
         let first = (block * self.shape.block_size + within) / sector;
-        let mut pending = self.pending.write();
-        pending.set(first..first + len / sector, true);
-        let full = pending.all(self.sectors(block));
-        let state = if full { BlockState::Full } else { BlockState::Partial };
-        if self.bat.payload(&self.shape, block) != (Payload { state, ..payload }) {
-            self.set_payload(&mut pending, block, Payload { state, ..payload });
+        Change::Sectors { first, count: len / sector, present: true }
+    }
+
+    fn entry(&self, block: u64, payload: Payload) -> Change {
+        Change::Entry { index: self.shape.payload_index(block), value: payload.raw() }
+    }
+
+    /// Changes metadata: first where it outlives this process, then in memory; both under the one lock,
+    /// so that they see the same order. What the changes point at has been written. On error nothing
+    /// has changed. A kill in between: the write is not acknowledged, and is there.
+    fn change(&self, pending: &mut Pending, changes: &[Change]) -> Result<()> {
+        if let Some(file) = &mut pending.file {
+            file.record(changes).map_err(self.io("write the pending file of"))?;
+        }
+        self.apply(pending, changes);
+        Ok(())
+    }
+
+    pub(super) fn apply(&self, pending: &mut Pending, changes: &[Change]) {
+        for change in changes {
+            match *change {
+                Change::Entry { index, value } => {
+                    self.bat.set_raw(index, value);
+                    pending.dirty_bat.insert(index / 512);
+                }
+                Change::Sectors { first, count, present } => {
+                    pending.set(first..first + count, present);
+                }
+            }
         }
     }
 
-    fn set_payload(&self, pending: &mut Pending, block: u64, payload: Payload) {
-        self.bat.set_payload(&self.shape, block, payload);
-        pending.dirty_bat.insert(self.shape.payload_index(block) / 512);
+    /// Flushes when so much has changed since the last flush that the pending file is full.
+    fn make_room(&self) -> Result<()> {
+        let full = self.pending.read().file.as_ref().is_some_and(PendingFile::is_full);
+        if full { self.flush_pending() } else { Ok(()) }
     }
 
     /// Makes the range read as zeros; whole blocks become ZERO and free their space.
@@ -170,8 +207,9 @@ impl Vhdx {
         for (block, within, _, n) in self.pieces(offset, len) {
             let start = block * self.shape.block_size;
             let whole = n == self.shape.block_size.min(self.shape.size - start);
+            self.make_room()?;
             if whole && self.kind != Kind::Fixed {
-                self.zero_block(block);
+                self.zero_block(block)?;
             } else {
                 self.zero_part(block, within, n)?;
             }
@@ -179,18 +217,20 @@ impl Vhdx {
         Ok(())
     }
 
-    fn zero_block(&self, block: u64) {
+    fn zero_block(&self, block: u64) -> Result<()> {
         let _guard = self.stripe(block).write();
         let payload = self.bat.payload(&self.shape, block);
         match payload.state {
-            BlockState::Zero => return,
-            BlockState::NotPresent if self.kind != Kind::Differencing => return,
+            BlockState::Zero => return Ok(()),
+            BlockState::NotPresent if self.kind != Kind::Differencing => return Ok(()),
             _ => {}
         }
         let mut pending = self.pending.write();
         // In a differencing file never NOT_PRESENT: that would bring the parent's data back.
-        self.set_payload(&mut pending, block, Payload { state: BlockState::Zero, offset: 0 });
+        let zero = self.entry(block, Payload { state: BlockState::Zero, offset: 0 });
+        self.change(&mut pending, &[zero])?;
         self.free_later(&mut pending, payload);
+        Ok(())
     }
 
     /// A block has left its place, which may be used again when the log says so.
@@ -235,14 +275,12 @@ impl Vhdx {
     pub fn release_blocks(&self, indices: &[u64]) -> Result<()> {
         let _writable = self.writable()?;
         for &block in indices {
+            self.make_room()?;
             let _guard = self.stripe(block).write();
             let payload = self.bat.payload(&self.shape, block);
             let mut pending = self.pending.write();
-            self.set_payload(
-                &mut pending,
-                block,
-                Payload { state: BlockState::NotPresent, offset: 0 },
-            );
+            let gone = self.entry(block, Payload { state: BlockState::NotPresent, offset: 0 });
+            self.change(&mut pending, &[gone])?;
             pending.released.insert(block);
             self.free_later(&mut pending, payload);
         }

@@ -2,14 +2,20 @@
 //! after the last sync, torn at disk sectors. Whatever it kept: the file opens; what was flushed is
 //! there, or something written later; nothing is where it was never written.
 
+mod deaths;
 mod kills;
 
+use std::io;
 use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use self::kills::Kills;
 use super::recorder::{Event, Image, Recorder};
 use super::*;
 use crate::vhdx::create::create_in;
+use crate::vhdx::storage::Storage;
 
 const MIB: u64 = 1 << 20;
 const BLOCK: u64 = MIB;
