@@ -1,5 +1,5 @@
 # `make` alone says what there is.
-.PHONY: help setup guest demo test lint bench soak clean
+.PHONY: help setup guest demo test lint bench bench-disk soak clean
 .DEFAULT_GOAL := help
 
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -13,7 +13,7 @@ SEED ?= 1
 help: ## Show this
 	@echo 'Tidemark. On Debian 12 with Rust, git and make, try:  make demo'
 	@echo
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Install what the rest needs (Debian packages, SeaweedFS); the others call it themselves
 	@.ci/setup.sh
@@ -40,6 +40,11 @@ lint: ## Check formatting and lints
 bench: guest ## Measure the main steps beside the plainest tool that moves the same bytes
 	@cargo build --release --workspace --quiet
 	@$(TARGET)/release/tidemark-bench $(TIDEMARK) "$(GUEST)/debian.raw"
+
+bench-disk: ## Measure a disk over NBD beside qemu-nbd: SECONDS_EACH=2 per job, ROUNDS=3
+	@.ci/setup.sh bench
+	@cargo build --release --quiet --package tidemark-lab --bin tidemark-bench-disk
+	@$(TARGET)/release/tidemark-bench-disk $(or $(SECONDS_EACH),2) $(or $(ROUNDS),3)
 
 soak: guest ## Kill processes at random moments of backup and merge, KILLS=500 times, from SEED=1
 	TIDEMARK_KILLS=$(KILLS) TIDEMARK_SEED=$(SEED) \

@@ -18,6 +18,8 @@ packages=(
     zstd                            # what `make bench` compares with
     python3-venv                    # for SeaweedFS
 )
+# What `make bench` and `make bench-disk` compare with, and measure with.
+[ "${1:-}" != bench ] || packages+=(fio restic borgbackup)
 # A plain user builds the guest in a user namespace.
 [ "$(id -u)" = 0 ] || packages+=(uidmap)
 
