@@ -149,6 +149,9 @@ impl VmSession<'_> {
         };
         fault::point("checkpoint-switched");
         let (disks, pause_us) = committed_disks(committed?)?;
+        // Durable before it is recorded; the guest runs meanwhile.
+        owner.call(&Request::SettleCheckpoint, COMMIT)?;
+        fault::point("checkpoint-settled");
         Ok(Taken { disks, consistency: consistency?, freeze_us, pause_us })
     }
 

@@ -64,11 +64,7 @@ impl Checkpoints {
         self.prepared = None;
         preflush(&pairs)?;
         let (switched, pause_us) = switch_all(&pairs);
-        let switched = switched?;
-        // The old leaves are closed clean before the answer: who gets it may open them at once, and
-        // what they hold is durable. I/O goes on meanwhile.
-        settle(&pairs)?;
-        let response = Response::Committed { pause_us, disks: switched };
+        let response = Response::Committed { pause_us, disks: switched? };
         self.committed = Some((leaves.to_vec(), response.clone()));
         Ok(response)
     }
@@ -152,10 +148,11 @@ fn switch_all(pairs: &[(&Disk, &Path)]) -> (Result<Vec<CommittedDisk>>, u64) {
     (Err(DiskError::State(message)), pause_us)
 }
 
-/// Syncs and closes the old leaves. A checkpoint whose sync failed is none: the client undoes it, by
-/// merging the new leaves back. The next map flush tries to close them again.
-fn settle(pairs: &[(&Disk, &Path)]) -> Result<()> {
-    for (disk, _) in pairs {
+/// Syncs and closes the old leaves; apart from the switch, so that a frozen guest need not wait for
+/// it. A checkpoint whose sync failed is none: the client undoes it, by merging the new leaves back.
+/// The next map flush tries to close them again.
+pub(super) fn settle(disks: &[Disk]) -> Result<()> {
+    for disk in disks {
         disk.chain.settle().map_err(|error| {
             DiskError::State(format!(
                 "disk {}: the leaf that the checkpoint sealed could not be made durable: {error}; all \

@@ -20,11 +20,16 @@ pub enum Request {
         /// New leaf of each disk.
         leaves: Vec<(String, PathBuf)>,
     },
-    /// Pauses all disks together, flushes, seals, switches to the prepared leaves, resumes.
+    /// Pauses all disks together, seals, switches to the prepared leaves, resumes. What was sealed
+    /// counts only once [`Request::SettleCheckpoint`] has been answered; a guest that is frozen can be
+    /// thawed before that.
     CommitCheckpoint {
         /// New leaf of each disk, as prepared.
         leaves: Vec<(String, PathBuf)>,
     },
+    /// Makes the sealed leaves durable and closes them clean, so that any process can read them.
+    /// Repeating it is harmless.
+    SettleCheckpoint,
     /// Gives up leaves that were prepared and not switched to, and removes their files. Afterwards a
     /// late `CommitCheckpoint` for them fails. Repeating it is harmless.
     DiscardCheckpoint,

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use super::checkpoint::Checkpoints;
+use super::checkpoint::{self, Checkpoints};
 use super::control::Control;
 use super::disk::Disk;
 use super::protocol::{DiskReport, OwnerReport, PROTOCOL_VERSION, Request, Response};
@@ -191,6 +191,7 @@ impl Owner {
             Request::CommitCheckpoint { leaves } => {
                 self.change(|checkpoints| checkpoints.commit(&self.disks, &leaves))
             }
+            Request::SettleCheckpoint => checkpoint::settle(&self.disks).map(|()| Response::Ok),
             Request::DiscardCheckpoint => {
                 self.change(|checkpoints| checkpoints.discard(&self.disks)).map(|()| Response::Ok)
             }

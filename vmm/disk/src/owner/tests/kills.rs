@@ -108,6 +108,7 @@ fn live(
     *stage = Stage::Committing;
     let committed = client.call(&Request::CommitCheckpoint { leaves }, PATIENCE)?;
     *stage = Stage::Switched;
+    client.call(&Request::SettleCheckpoint, PATIENCE)?;
     let Response::Committed { disks, .. } = committed else { panic!("{committed:?}") };
     // The sealed file is read as an exporter does, while the owner goes on.
     *seal = Some((disks[0].rct_id.clone(), content(&vm.file("a.vhdx"))));

@@ -120,7 +120,7 @@ pub(super) fn must(client: &mut Client, request: &Request) {
     assert!(matches!(client.call(request, PATIENCE).unwrap(), Response::Ok));
 }
 
-/// Prepares and commits a checkpoint; gives the pause and each disk's id.
+/// Prepares, commits and settles a checkpoint; gives the pause and each disk's id.
 pub(super) fn checkpoint(
     client: &mut Client,
     leaves: &[(String, PathBuf)],
@@ -128,6 +128,7 @@ pub(super) fn checkpoint(
     client.call(&Request::PrepareCheckpoint { leaves: leaves.to_vec() }, PATIENCE)?;
     match client.call(&Request::CommitCheckpoint { leaves: leaves.to_vec() }, PATIENCE)? {
         Response::Committed { pause_us, disks } => {
+            client.call(&Request::SettleCheckpoint, PATIENCE)?;
             Ok((pause_us, disks.into_iter().map(|d| d.rct_id).collect()))
         }
         other => panic!("{other:?}"),
