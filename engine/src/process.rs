@@ -25,23 +25,23 @@ impl ProcessId {
         Self::of(std::process::id())
     }
 
-    /// The living process with this id now; `None` for a zombie.
+    /// The living process with this id now; `None` for a zombie. A process whose first thread has
+    /// ended lives, with all its files and locks, until the last thread has.
     pub(crate) fn of(pid: u32) -> Option<Self> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The program's name, in parentheses, may itself hold spaces and parentheses.
-        let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace();
-        let state = fields.next()?;
-        if matches!(state, "Z" | "X") {
-            return None;
-        }
-        let start = fields.nth(18)?.parse().ok()?;
+        let stat = Stat::of(pid).filter(|stat| !stat.ended)?;
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned();
-        Some(Self { pid, start, boot })
+        Some(Self { pid, start: stat.start, boot })
     }
 
     /// Whether this very process lives.
     pub(crate) fn alive(&self) -> bool {
         Self::of(self.pid).as_ref() == Some(self)
+    }
+
+    /// Whether it lives, but has been killed or is on its way out: nothing it holds will be used again.
+    pub(crate) fn dying(&self) -> bool {
+        let stat = Stat::of(self.pid).filter(|stat| stat.start == self.start);
+        stat.is_some_and(|stat| stat.ending && !stat.ended) && self.alive()
     }
 
     /// One line for a pid file: pid, start, boot id.
@@ -88,6 +88,39 @@ impl ProcessId {
     }
 }
 
+/// What the kernel says of a process.
+struct Stat {
+    /// All threads have ended and closed their files.
+    ended: bool,
+    /// Its end has begun.
+    ending: bool,
+    /// Start time in clock ticks since the host's start.
+    start: u64,
+}
+
+impl Stat {
+    /// The kernel's `PF_EXITING`.
+    const EXITING: u64 = 4;
+    /// SIGKILL in a set of signals.
+    const KILL: u64 = 1 << (9 - 1);
+
+    fn of(pid: u32) -> Option<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The program's name, in parentheses, may itself hold spaces and parentheses. What follows
+        // begins with the third field of proc(5).
+        let fields: Vec<&str> =
+            stat.get(stat.rfind(')')? + 1..)?.split_ascii_whitespace().collect();
+        let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
+        let state = *fields.first()?;
+        let (flags, threads, start, pending) = (number(9)?, number(20)?, number(22)?, number(31)?);
+        Some(Self {
+            ended: state == "X" || state == "Z" && threads <= 1,
+            ending: state == "Z" || flags & Self::EXITING != 0 || pending & Self::KILL != 0,
+            start,
+        })
+    }
+}
+
 /// Waits until one of the descriptors is readable or `timeout` has passed; gives whether one is.
 pub(crate) fn wait_readable(fds: &[&OwnedFd], timeout: Duration) -> bool {
     let mut polled: Vec<_> = fds.iter().map(|fd| PollFd::new(fd, PollFlags::IN)).collect();
@@ -116,6 +149,33 @@ mod tests {
         id.signal(Signal::KILL);
         assert!(id.wait(Duration::from_secs(10)));
         assert!(!id.alive(), "a zombie is not alive");
+        assert!(!id.dying());
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_process_lives_as_long_as_its_last_thread() {
+        // Only the first thread makes the plain exit call; the other one goes on.
+        let script = "import ctypes, threading, time\n\
+            threading.Thread(target=time.sleep, args=(60,)).start()\n\
+            ctypes.CDLL(None).syscall(60, 0)";
+        let mut child = std::process::Command::new("python3").args(["-c", script]).spawn().unwrap();
+        let pid = child.id();
+        let begun = Instant::now();
+        let zombie = || {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+            stat[stat.rfind(')').unwrap()..].starts_with(") Z")
+        };
+        while !zombie() {
+            assert!(begun.elapsed() < Duration::from_secs(60), "the first thread does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let id = ProcessId::of(pid).expect("it has a thread left");
+        assert!(id.alive() && id.dying());
+        assert!(!id.wait(Duration::from_millis(20)));
+        id.signal(Signal::KILL);
+        assert!(id.wait(Duration::from_secs(10)));
+        assert!(!id.alive() && !id.dying());
         child.wait().unwrap();
     }
 }

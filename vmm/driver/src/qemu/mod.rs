@@ -37,6 +37,9 @@ const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a killed process may take to vanish (its memory is freed in that time).
 const KILL_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// How long a process may take to end after its monitor has closed.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// At most this much of the log goes into an error.
 const LOG_TAIL: u64 = 4096;
 
@@ -56,7 +59,7 @@ impl Qemu {
             .mode(0o700)
             .create(&spec.run_dir)
             .map_err(DriverError::io("create", &spec.run_dir))?;
-        let Some(lock) = process::lock(&spec.run_dir)? else {
+        let Some(lock) = process::lock_to_launch(&spec.run_dir)? else {
             return Err(DriverError::LaunchFailed(format!(
                 "one runs already with {}; stop it first",
                 spec.run_dir.display()
@@ -73,7 +76,10 @@ impl Qemu {
             wait_ready(&spec.run_dir, &mut child, &mut log)?;
             Ok(process)
         });
-        let attached = ready.and_then(|process| Self::of(&spec.run_dir, process));
+        let attached = ready.and_then(|process| {
+            let description = Self::describe(&spec.run_dir.join(MONITOR_SOCKET))?;
+            Ok(Self::of(&spec.run_dir, process, description))
+        });
         if attached.is_err() {
             // Nothing half-launched stays behind. Its end is certain before the error is told.
             let _ = child.kill();
@@ -85,11 +91,11 @@ impl Qemu {
     /// Finds the machine that was launched with this run directory.
     pub fn attach(run_dir: &Path) -> Result<Option<Self>> {
         let Some(process) = process::find(run_dir)? else { return Ok(None) };
-        match Self::of(run_dir, process) {
-            Ok(machine) => Ok(Some(machine)),
-            // It ended just now.
-            Err(DriverError::NotRunning) => Ok(None),
-            Err(error) => Err(error),
+        let asked = Self::describe(&run_dir.join(MONITOR_SOCKET));
+        match asked {
+            // The monitor closes its socket just before the process ends.
+            Err(DriverError::NotRunning) if process.wait(END_TIMEOUT)? => Ok(None),
+            asked => Ok(Some(Self::of(run_dir, process, asked?))),
         }
     }
 
@@ -98,18 +104,21 @@ impl Qemu {
         Ok(process::find(run_dir)?.map(|process| process.pid()))
     }
 
-    fn of(run_dir: &Path, process: Process) -> Result<Self> {
-        let monitor = run_dir.join(MONITOR_SOCKET);
-        let version = qmp::execute(&monitor, query_version {}, qmp::TIMEOUT)?.qemu;
-        let kvm = qmp::execute(&monitor, query_kvm {}, qmp::TIMEOUT)?.enabled;
-        let description = format!(
+    fn of(run_dir: &Path, process: Process, description: String) -> Self {
+        Self { monitor: run_dir.join(MONITOR_SOCKET), process, description }
+    }
+
+    /// What runs there, as its monitor says.
+    fn describe(monitor: &Path) -> Result<String> {
+        let version = qmp::execute(monitor, query_version {}, qmp::TIMEOUT)?.qemu;
+        let kvm = qmp::execute(monitor, query_kvm {}, qmp::TIMEOUT)?.enabled;
+        Ok(format!(
             "qemu {}.{}.{} ({})",
             version.major,
             version.minor,
             version.micro,
             if kvm { "kvm" } else { "tcg" }
-        );
-        Ok(Self { monitor, process, description })
+        ))
     }
 
     fn qmp<C: qapi::qmp::QmpCommand>(&self, command: C) -> Result<C::Ok> {
@@ -127,7 +136,7 @@ impl Machine for Qemu {
             Ok(_) => Ok(MachineState::Paused),
             Err(_) if self.process.wait(Duration::ZERO)? => Ok(MachineState::Stopped),
             // The monitor closes its socket just before the process ends.
-            Err(DriverError::NotRunning) if self.process.wait(Duration::from_secs(5))? => {
+            Err(DriverError::NotRunning) if self.process.wait(END_TIMEOUT)? => {
                 Ok(MachineState::Stopped)
             }
             Err(error) => Err(error),

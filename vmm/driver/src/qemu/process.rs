@@ -28,6 +28,12 @@ const RECORD_FILE: &str = "machine.json";
 /// Largest record read; a real one has 150 bytes.
 const RECORD_LIMIT: u64 = 4096;
 
+/// How long a launch waits for the lock: whoever asks whether a machine runs holds it for a moment.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
+
+/// How long an ending machine may take from the first file it closes to its end.
+const END_WAIT: Duration = Duration::from_secs(5);
+
 /// How long a launch in another process may take to leave a trace of its process id.
 const TRACE_WAIT: Duration = Duration::from_secs(10);
 
@@ -41,8 +47,20 @@ struct Record {
     boot_id: String,
 }
 
-/// Takes the run directory's lock; `None` while a machine holds it.
-pub(super) fn lock(run_dir: &Path) -> Result<Option<File>> {
+/// Takes the run directory's lock for a launch; `None` if a machine holds it.
+pub(super) fn lock_to_launch(run_dir: &Path) -> Result<Option<File>> {
+    let deadline = Instant::now() + LOCK_WAIT;
+    loop {
+        let lock = lock(run_dir)?;
+        if lock.is_some() || Instant::now() >= deadline {
+            return Ok(lock);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Takes the run directory's lock; `None` while a machine, or whoever asks for one, holds it.
+fn lock(run_dir: &Path) -> Result<Option<File>> {
     let path = run_dir.join(LOCK_FILE);
     let file = File::options()
         .read(true)
@@ -156,9 +174,17 @@ pub(super) fn find(run_dir: &Path) -> Result<Option<Process>> {
     let deadline = Instant::now() + TRACE_WAIT;
     loop {
         if lock(run_dir)?.is_some() {
+            // The lock may be the first thing that an ending machine lets go.
+            if let Some(process) = by_record(run_dir)? {
+                process.wait(END_WAIT)?;
+            }
             return Ok(None);
         }
-        if let Some(process) = by_record(run_dir)? {
+        // One that has ended does not hold the lock: that is somebody who asks the same as we do, or is
+        // launching.
+        if let Some(process) = by_record(run_dir)?
+            && !process.wait(Duration::ZERO)?
+        {
             return Ok(Some(process));
         }
         if let Some(process) = by_pid_file(run_dir)? {
@@ -265,6 +291,44 @@ mod tests {
 
         process.kill().unwrap();
         assert!(process.wait(Duration::from_secs(10)).unwrap());
+        let _ = child.wait();
+    }
+
+    #[test]
+    fn a_machine_is_gone_only_when_its_process_has_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let process = Process::of_child(child.id()).unwrap();
+        process.record(dir.path()).unwrap();
+        // It has let go of its lock, and takes a while to end.
+        let end = Duration::from_millis(200);
+        let killer = std::thread::spawn(move || {
+            std::thread::sleep(end);
+            process.kill().unwrap();
+        });
+        let begun = Instant::now();
+        assert!(find(dir.path()).unwrap().is_none());
+        assert!(begun.elapsed() >= end);
+        killer.join().unwrap();
+        let _ = child.wait();
+    }
+
+    #[test]
+    fn an_ended_machine_is_not_found_while_somebody_asks_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        Process::of_child(child.id()).unwrap().record(dir.path()).unwrap();
+        child.kill().unwrap();
+        // Not waited for: its id still names it.
+        let asking = lock(dir.path()).unwrap();
+        assert!(asking.is_some());
+        let release = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(asking);
+        });
+        assert!(find(dir.path()).unwrap().is_none());
+        release.join().unwrap();
+        assert!(lock_to_launch(dir.path()).unwrap().is_some());
         let _ = child.wait();
     }
 
