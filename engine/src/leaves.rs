@@ -7,6 +7,7 @@ use tidemark_disk::chain::Chain;
 use tidemark_disk::vhdx::{Access, Presence, Vhdx};
 
 use crate::config::VmConfig;
+use crate::engine::Place;
 use crate::error::{EngineError, Result};
 use crate::folder::{VmFolder, entries};
 use crate::intent::{CheckpointIntent, Intent, Phase};
@@ -38,6 +39,14 @@ pub(crate) fn current_leaves(
             Ok((disk.name.clone(), top.unwrap_or(configured)))
         })
         .collect()
+}
+
+/// The top file of one disk of a VM whose disks nobody has open.
+pub(crate) fn leaf_of(place: &Place, config: &VmConfig, disk: &str) -> Result<PathBuf> {
+    let intent = Intent::load(&place.folder)?;
+    let mut leaves = current_leaves(&place.folder, config, intent.as_ref())?.into_iter();
+    let found = leaves.find(|(name, _)| name == disk).map(|(_, leaf)| leaf);
+    found.ok_or_else(|| EngineError::Invalid(format!("VM {} has no disk {disk}", place.name)))
 }
 
 /// The new leaf of a disk, if it may be in use.

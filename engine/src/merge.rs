@@ -16,7 +16,7 @@ use crate::engine::Place;
 use crate::error::{EngineError, Result};
 use crate::fault;
 use crate::intent::{Intent, MergeDisk, MergeIntent};
-use crate::leaves::current_leaves;
+use crate::leaves::leaf_of;
 use crate::session::VmSession;
 use crate::{machine, owner, store};
 
@@ -89,7 +89,9 @@ impl VmSession<'_> {
             for disk in &intent.disks {
                 let what = format!("merge {}", disk.disk);
                 let tell = |done, total| progress(&what, done, total);
-                merge_file(&self.place, &disk.disk, &disk.child, &tell, cancel)?;
+                let (name, child) = (&disk.disk, &disk.child);
+                let place = &self.place;
+                Fold { place, disk: name, child, progress: &tell, cancel }.run()?;
                 fault::point("merge-disk");
             }
             self.record_merge(intent)?;
@@ -161,28 +163,15 @@ fn is_named(path: &Path, file: &str) -> bool {
     path.file_name() == Some(OsStr::new(file))
 }
 
-/// Folds the file `child` of a disk's chain into its parent, through the disk owner while the VM runs,
-/// by ourselves while it does not, also if that changes in between. Done already: fine.
-pub(crate) fn merge_file(
-    place: &Place,
-    disk: &str,
-    child: &str,
-    progress: &dyn Fn(u64, u64),
-    cancel: &AtomicBool,
-) -> Result<()> {
-    let mut give_up = Instant::now() + AWAY;
-    loop {
-        if machine::process(place)?.is_none() {
-            owner::shutdown(&place.run, ANSWER)?;
-            return merge_offline(place, disk, child, progress, cancel);
-        }
-        match merge_online(place, disk, child, progress, cancel, &mut give_up) {
-            Err(Online::Lost(_)) if Instant::now() < give_up => std::thread::sleep(POLL),
-            Err(Online::Lost(error)) => return Err(error.into()),
-            Err(Online::Failed(error)) => return Err(error),
-            Ok(()) => return Ok(()),
-        }
-    }
+/// Folding a file of a disk's chain into its parent.
+pub(crate) struct Fold<'a> {
+    pub(crate) place: &'a Place,
+    pub(crate) disk: &'a str,
+    /// The file's name.
+    pub(crate) child: &'a str,
+    /// Bytes done, bytes in all.
+    pub(crate) progress: &'a dyn Fn(u64, u64),
+    pub(crate) cancel: &'a AtomicBool,
 }
 
 /// Why an online merge stopped.
@@ -191,61 +180,6 @@ enum Online {
     Lost(DiskError),
     /// The merge itself.
     Failed(EngineError),
-}
-
-fn merge_online(
-    place: &Place,
-    disk: &str,
-    child: &str,
-    progress: &dyn Fn(u64, u64),
-    cancel: &AtomicBool,
-    give_up: &mut Instant,
-) -> std::result::Result<(), Online> {
-    let mut client = owner::connect(&place.run).map_err(Online::Lost)?;
-    let mut asked = Asked::default();
-    loop {
-        let report = owner::report(&mut client).map_err(Online::Lost)?;
-        *give_up = Instant::now() + AWAY;
-        let Some(state) = report.disks.into_iter().find(|d| d.disk == disk) else {
-            let what = format!("the disk owner does not know disk {disk}");
-            return Err(Online::Failed(EngineError::State(what)));
-        };
-        let Some(path) = state.files.iter().find(|f| is_named(f, child)) else { return Ok(()) };
-        match state.merge {
-            MergeState::Running { child: running, done, total } if is_named(&running, child) => {
-                asked.start = true;
-                progress(done, total);
-                if cancel.load(Ordering::Relaxed) && !asked.cancel {
-                    asked.cancel = true;
-                    order(&mut client, &Request::CancelMerge { disk: disk.to_owned() })?;
-                }
-            }
-            MergeState::Running { child: other, .. } => {
-                let what = format!("disk {disk} is merging {} already", other.display());
-                return Err(Online::Failed(EngineError::State(what)));
-            }
-            MergeState::Failed { message, .. } if asked.start => {
-                return Err(Online::Failed(if asked.cancel {
-                    EngineError::Cancelled
-                } else {
-                    DiskError::Owner(format!("merge of {child}: {message}")).into()
-                }));
-            }
-            MergeState::Done { .. } if asked.start => {
-                let what = format!("merge of {child} is done, but the file is still in use");
-                return Err(Online::Failed(DiskError::Owner(what).into()));
-            }
-            _ if cancel.load(Ordering::Relaxed) => {
-                return Err(Online::Failed(EngineError::Cancelled));
-            }
-            _ => {
-                asked.start = true;
-                let child = path.clone();
-                order(&mut client, &Request::StartMerge { disk: disk.to_owned(), child })?;
-            }
-        }
-        std::thread::sleep(POLL);
-    }
 }
 
 /// What the owner has been asked for.
@@ -264,27 +198,87 @@ fn order(client: &mut Client, request: &Request) -> std::result::Result<(), Onli
     }
 }
 
-fn merge_offline(
-    place: &Place,
-    disk: &str,
-    child: &str,
-    progress: &dyn Fn(u64, u64),
-    cancel: &AtomicBool,
-) -> Result<()> {
-    let config = VmConfig::load(&place.folder.config())?;
-    let intent = Intent::load(&place.folder)?;
-    let leaves = current_leaves(&place.folder, &config, intent.as_ref())?;
-    let Some((_, top)) = leaves.into_iter().find(|(name, _)| name == disk) else {
-        return Err(EngineError::State(format!("VM {} has no disk {disk}", place.name)));
-    };
-    let chain = Chain::open(&top, Access::ReadWrite)?;
-    let merged = match chain.files().into_iter().find(|f| is_named(f, child)) {
-        Some(path) => chain.merge(&path, &|p| progress(p.done, p.total), cancel),
-        None => Ok(()),
-    };
-    let closed = chain.close();
-    match merged {
-        Err(DiskError::Cancelled) => Err(EngineError::Cancelled),
-        merged => Ok(merged.and(closed)?),
+impl Fold<'_> {
+    /// Does it: through the disk owner while the VM runs, by ourselves while it does not, also if that
+    /// changes in between. Done already: fine.
+    pub(crate) fn run(&self) -> Result<()> {
+        let mut give_up = Instant::now() + AWAY;
+        loop {
+            if machine::process(self.place)?.is_none() {
+                owner::shutdown(&self.place.run, ANSWER)?;
+                return self.offline();
+            }
+            match self.online(&mut give_up) {
+                Err(Online::Lost(_)) if Instant::now() < give_up => std::thread::sleep(POLL),
+                Err(Online::Lost(error)) => return Err(error.into()),
+                Err(Online::Failed(error)) => return Err(error),
+                Ok(()) => return Ok(()),
+            }
+        }
+    }
+
+    fn online(&self, give_up: &mut Instant) -> std::result::Result<(), Online> {
+        let Self { place, disk, child, progress, cancel } = *self;
+        let mut client = owner::connect(&place.run).map_err(Online::Lost)?;
+        let mut asked = Asked::default();
+        loop {
+            let report = owner::report(&mut client).map_err(Online::Lost)?;
+            *give_up = Instant::now() + AWAY;
+            let Some(state) = report.disks.into_iter().find(|d| d.disk == disk) else {
+                let what = format!("the disk owner does not know disk {disk}");
+                return Err(Online::Failed(EngineError::State(what)));
+            };
+            let Some(path) = state.files.iter().find(|f| is_named(f, child)) else { return Ok(()) };
+            match state.merge {
+                MergeState::Running { child: running, done, total }
+                    if is_named(&running, child) =>
+                {
+                    asked.start = true;
+                    progress(done, total);
+                    if cancel.load(Ordering::Relaxed) && !asked.cancel {
+                        asked.cancel = true;
+                        order(&mut client, &Request::CancelMerge { disk: disk.to_owned() })?;
+                    }
+                }
+                MergeState::Running { child: other, .. } => {
+                    let what = format!("disk {disk} is merging {} already", other.display());
+                    return Err(Online::Failed(EngineError::State(what)));
+                }
+                MergeState::Failed { message, .. } if asked.start => {
+                    return Err(Online::Failed(if asked.cancel {
+                        EngineError::Cancelled
+                    } else {
+                        DiskError::Owner(format!("merge of {child}: {message}")).into()
+                    }));
+                }
+                MergeState::Done { .. } if asked.start => {
+                    let what = format!("merge of {child} is done, but the file is still in use");
+                    return Err(Online::Failed(DiskError::Owner(what).into()));
+                }
+                _ if cancel.load(Ordering::Relaxed) => {
+                    return Err(Online::Failed(EngineError::Cancelled));
+                }
+                _ => {
+                    asked.start = true;
+                    let child = path.clone();
+                    order(&mut client, &Request::StartMerge { disk: disk.to_owned(), child })?;
+                }
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+
+    fn offline(&self) -> Result<()> {
+        let config = VmConfig::load(&self.place.folder.config())?;
+        let chain = Chain::open(&leaf_of(self.place, &config, self.disk)?, Access::ReadWrite)?;
+        let merged = match chain.files().into_iter().find(|f| is_named(f, self.child)) {
+            Some(path) => chain.merge(&path, &|p| (self.progress)(p.done, p.total), self.cancel),
+            None => Ok(()),
+        };
+        let closed = chain.close();
+        match merged {
+            Err(DiskError::Cancelled) => Err(EngineError::Cancelled),
+            merged => Ok(merged.and(closed)?),
+        }
     }
 }

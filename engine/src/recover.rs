@@ -9,7 +9,7 @@ use crate::config::{CheckpointPurpose, VmConfig};
 use crate::error::{EngineError, Result};
 use crate::intent::{CheckpointIntent, Intent, NewLeaf, Phase};
 use crate::leaves::{is_empty, strangers};
-use crate::merge::merge_file;
+use crate::merge::Fold;
 use crate::session::VmSession;
 use crate::{agent, fault, machine, owner, store};
 
@@ -118,7 +118,8 @@ impl VmSession<'_> {
             return Ok(());
         }
         let never = AtomicBool::new(false);
-        merge_file(&self.place, &leaf.disk, &leaf.file, &|_, _| {}, &never)
+        let (place, disk, child) = (&self.place, &leaf.disk, &leaf.file);
+        Fold { place, disk, child, progress: &|_, _| {}, cancel: &never }.run()
     }
 
     /// Removes the new leaves. False if one of them must be merged back (again): a disk owner that was

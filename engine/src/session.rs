@@ -16,7 +16,7 @@ use crate::config::VmConfig;
 use crate::engine::{Engine, Place};
 use crate::error::{EngineError, Result};
 use crate::intent::Intent;
-use crate::leaves::current_leaves;
+use crate::leaves::{current_leaves, leaf_of};
 use crate::lock::FileLock;
 use crate::runtime::log_tail;
 use crate::{guard, machine, owner, spawn, store};
@@ -242,11 +242,7 @@ impl VmSession<'_> {
             )));
         }
         self.settle()?;
-        let intent = Intent::load(&self.place.folder)?;
-        let leaves = current_leaves(&self.place.folder, &self.config, intent.as_ref())?;
-        let (_, leaf) = leaves.into_iter().find(|(name, _)| name == disk).ok_or_else(|| {
-            EngineError::Invalid(format!("VM {} has no disk {disk}", self.place.name))
-        })?;
+        let leaf = leaf_of(&self.place, &self.config, disk)?;
         Ok(Arc::new(Chain::open(&leaf, access)?))
     }
 
