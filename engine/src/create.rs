@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use uuid::Uuid;
 
@@ -26,15 +27,21 @@ const MAX_DISK: u64 = 64 << 40;
 const MIN_DISK: u64 = 1 << 20;
 
 impl Engine {
-    /// Creates a VM. All or nothing: a half-made folder is removed, also after a kill.
-    pub fn create(&self, request: &CreateVm, progress: Progress<'_>) -> Result<VmConfig> {
+    /// Creates a VM. All or nothing: a half-made folder is removed, also after a kill, or when `cancel`
+    /// becomes true.
+    pub fn create(
+        &self,
+        request: &CreateVm,
+        progress: Progress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<VmConfig> {
         let config = new_config(request)?;
         self.must_be_free(&config.name)?;
         check_sources(request)?;
         let vms = self.vms();
         let (folder, _lock) = VmFolder::begin(&vms)?;
         fault::point("create-begun");
-        let built = build(&folder, request, &config, progress);
+        let built = build(&folder, request, &config, progress, cancel);
         let published = built.and_then(|()| folder.clone().publish(&vms, &config.name));
         if let Err(error) = published {
             if let Err(also) = folder.remove(&vms) {
@@ -114,6 +121,7 @@ fn build(
     request: &CreateVm,
     config: &VmConfig,
     progress: Progress<'_>,
+    cancel: &AtomicBool,
 ) -> Result<()> {
     for (source, name) in [(&request.kernel, KERNEL), (&request.initrd, INITRD)] {
         if let Some(source) = source {
@@ -129,7 +137,8 @@ fn build(
             }
             NewDisk::Import(source) => {
                 let what = format!("import {}", disk.name);
-                import::import(source, &path, &|done, total| progress(&what, done, total))?;
+                let tell = |done, total| progress(&what, done, total);
+                import::import(source, &path, &tell, cancel)?;
             }
         }
         fault::point("create-disk");

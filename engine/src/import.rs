@@ -6,20 +6,22 @@ use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use tidemark_disk::chain::Chain;
+use tidemark_disk::convert::{CopyProgress, copy};
+use tidemark_disk::raw::RawFile;
 use tidemark_disk::vhdx::Access;
-use tidemark_disk::{Block, BlockRange, DiskError, Extent, ExtentKind, Geometry};
+use tidemark_disk::{Block, DiskError};
 
 use crate::create::{check_size, make_disk};
 use crate::error::{EngineError, Result};
 
-/// How much is copied at once.
-const STEP: usize = 1 << 20;
-/// Zeros are looked for, and left out, in pieces of this size.
-const PIECE: usize = 64 * 1024;
 /// More than `qemu-img info` has to say of any image.
 const MAX_INFO: u64 = 1 << 20;
+
+/// Progress of one import: done, in all.
+type Share<'a> = &'a (dyn Fn(u64, u64) + Sync);
 
 /// What an image is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,21 +35,29 @@ enum Format {
 /// Whether an image can be imported, as far as can be seen at once.
 pub(crate) fn check(source: &Path) -> Result<()> {
     match sniff(source)? {
-        Format::Raw => RawFile::open(source).map(|_| ()),
+        Format::Raw => open_raw(source).map(drop),
         Format::Vhdx => Ok(Chain::open(source, Access::ReadOnly).map(|_| ())?),
         Format::Other(format) => check_foreign(source, format),
     }
 }
 
-/// Copies an image into a new disk at `target`, with an id of its own.
-pub(crate) fn import(source: &Path, target: &Path, progress: &dyn Fn(u64, u64)) -> Result<()> {
+/// Copies an image into a new disk at `target`, with an id of its own. Cancelled or failed, the target
+/// is the caller's to remove.
+pub(crate) fn import(
+    source: &Path,
+    target: &Path,
+    progress: Share<'_>,
+    cancel: &AtomicBool,
+) -> Result<()> {
     match sniff(source)? {
-        Format::Raw => copy_in(&RawFile::open(source)?, target, progress),
-        Format::Vhdx => copy_in(&Chain::open(source, Access::ReadOnly)?, target, progress),
+        Format::Raw => copy_in(&open_raw(source)?, target, progress, cancel),
+        Format::Vhdx => copy_in(&Chain::open(source, Access::ReadOnly)?, target, progress, cancel),
         Format::Other(format) => {
             let raw = target.with_extension("import");
-            let converted = convert(source, format, &raw, progress)
-                .and_then(|()| copy_in(&RawFile::open(&raw)?, target, progress));
+            // The second half of the way.
+            let rest = |done, total| progress(total + done, 2 * total);
+            let converted = convert(source, format, &raw, progress, cancel)
+                .and_then(|()| copy_in(&open_raw(&raw)?, target, &rest, cancel));
             let removed = crate::store::remove_file(&raw);
             converted.and(removed.map(|_| ()))
         }
@@ -155,7 +165,13 @@ fn qemu_img(source: &Path, command: &mut Command) -> Result<Vec<u8>> {
 }
 
 /// Converts an image to a sparse raw file, which the caller removes.
-fn convert(source: &Path, format: &str, raw: &Path, progress: &dyn Fn(u64, u64)) -> Result<()> {
+fn convert(
+    source: &Path,
+    format: &str,
+    raw: &Path,
+    progress: Share<'_>,
+    cancel: &AtomicBool,
+) -> Result<()> {
     check_foreign(source, format)?;
     let run = |e| EngineError::io("run (package qemu-utils)", Path::new("qemu-img"), e);
     let mut child = Command::new("qemu-img")
@@ -167,14 +183,22 @@ fn convert(source: &Path, format: &str, raw: &Path, progress: &dyn Fn(u64, u64))
         .spawn()
         .map_err(run)?;
     if let Some(stdout) = child.stdout.take() {
-        // "    (12.34/100%)", each ended by a carriage return.
+        // "    (12.34/100%)", each ended by a carriage return, several times a second.
         for part in BufReader::new(stdout).split(b'\r').map_while(std::io::Result::ok) {
+            if cancel.load(Ordering::Relaxed) {
+                // Fails only if it has ended.
+                let _ = child.kill();
+                break;
+            }
             if let Some(percent) = percent(&String::from_utf8_lossy(&part)) {
                 progress(percent, 200);
             }
         }
     }
     let output = child.wait_with_output().map_err(run)?;
+    if cancel.load(Ordering::Relaxed) {
+        return Err(EngineError::Cancelled);
+    }
     if output.status.success() {
         return Ok(());
     }
@@ -188,148 +212,23 @@ fn percent(text: &str) -> Option<u64> {
 }
 
 /// Copies a disk's content into a new one, leaving zeros out.
-fn copy_in(source: &dyn Block, target: &Path, progress: &dyn Fn(u64, u64)) -> Result<()> {
-    let geometry = source.geometry();
-    let disk = make_disk(target, geometry, None)?;
-    let copied = copy(source, &disk, progress);
+fn copy_in(
+    source: &dyn Block,
+    target: &Path,
+    progress: Share<'_>,
+    cancel: &AtomicBool,
+) -> Result<()> {
+    let disk = make_disk(target, source.geometry(), None)?;
+    let copied = copy(source, &disk, &|p: CopyProgress| progress(p.done, p.total), cancel);
     let closed = disk.close();
-    Ok(copied.and(closed)?)
-}
-
-fn copy(
-    source: &dyn Block,
-    target: &dyn Block,
-    progress: &dyn Fn(u64, u64),
-) -> std::result::Result<(), DiskError> {
-    let size = source.geometry().size;
-    let mut buffer = vec![0; STEP];
-    let mut at = 0;
-    while at < size {
-        // Holes are found many at a time, data is moved in steps.
-        let window = (size - at).min(1 << 30);
-        for extent in source.extents(at, window)? {
-            if extent.kind == ExtentKind::Data {
-                copy_extent(
-                    source,
-                    target,
-                    extent.offset..extent.offset + extent.len,
-                    &mut buffer,
-                    &|done| {
-                        progress(done, size);
-                    },
-                )?;
-            }
-        }
-        at += window;
-        progress(at, size);
-    }
-    target.flush()
-}
-
-fn copy_extent(
-    source: &dyn Block,
-    target: &dyn Block,
-    range: BlockRange,
-    buffer: &mut [u8],
-    progress: &dyn Fn(u64),
-) -> std::result::Result<(), DiskError> {
-    let mut at = range.start;
-    while at < range.end {
-        // To the next multiple of the step, so that pieces are aligned.
-        let step = STEP as u64;
-        let len = (step - at % step).min(range.end - at);
-        let bytes = &mut buffer[..usize::try_from(len).unwrap_or(STEP)];
-        source.read_at(at, bytes)?;
-        for (i, piece) in bytes.chunks(PIECE).enumerate() {
-            if piece.iter().any(|b| *b != 0) {
-                target.write_at(at + (i * PIECE) as u64, piece)?;
-            }
-        }
-        at += len;
-        progress(at);
-    }
-    Ok(())
-}
-
-/// A raw image, for reading. Its last sector is filled up with zeros.
-struct RawFile {
-    file: File,
-    path: std::path::PathBuf,
-    len: u64,
-}
-
-impl RawFile {
-    fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(|e| EngineError::io("open", path, e))?;
-        // By seeking: a block device has no length.
-        let len = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0))
-            .map_err(|e| EngineError::io("find the length of", path, e))?;
-        check_size(len.next_multiple_of(512))?;
-        Ok(Self { file, path: path.to_owned(), len })
-    }
-
-    fn seek(&self, to: rustix::fs::SeekFrom) -> std::result::Result<Option<u64>, DiskError> {
-        match rustix::fs::seek(&self.file, to) {
-            Ok(at) => Ok(Some(at)),
-            Err(rustix::io::Errno::NXIO) => Ok(None),
-            Err(e) => Err(DiskError::io("seek in", &self.path, e.into())),
-        }
+    match copied.and(closed) {
+        Err(DiskError::Cancelled) => Err(EngineError::Cancelled),
+        done => Ok(done?),
     }
 }
 
-impl Block for RawFile {
-    fn geometry(&self) -> Geometry {
-        let size = self.len.next_multiple_of(512);
-        Geometry { size, logical_sector: 512, physical_sector: 4096 }
-    }
-
-    fn read_only(&self) -> bool {
-        true
-    }
-
-    fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::result::Result<(), DiskError> {
-        let inside = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let (data, rest) = buf.split_at_mut(inside.min(buf.len()));
-        rest.fill(0);
-        self.file.read_exact_at(data, offset).map_err(|e| DiskError::io("read", &self.path, e))
-    }
-
-    fn write_at(&self, _: u64, _: &[u8]) -> std::result::Result<(), DiskError> {
-        Err(DiskError::ReadOnly { path: self.path.clone() })
-    }
-
-    fn flush(&self) -> std::result::Result<(), DiskError> {
-        Ok(())
-    }
-
-    fn discard(&self, _: u64, _: u64) -> std::result::Result<(), DiskError> {
-        Err(DiskError::ReadOnly { path: self.path.clone() })
-    }
-
-    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> std::result::Result<(), DiskError> {
-        Err(DiskError::ReadOnly { path: self.path.clone() })
-    }
-
-    fn extents(&self, offset: u64, len: u64) -> std::result::Result<Vec<Extent>, DiskError> {
-        use rustix::fs::SeekFrom;
-        let end = offset + len;
-        let mut extents = Vec::new();
-        let mut at = offset;
-        while at < end {
-            let data = self.seek(SeekFrom::Data(at))?.unwrap_or(end).min(end);
-            // Whole sectors, whatever the file system's blocks.
-            let data = (data - data % 512).max(at);
-            if data > at {
-                extents.push(Extent { offset: at, len: data - at, kind: ExtentKind::Hole });
-            }
-            if data == end {
-                break;
-            }
-            let hole = self.seek(SeekFrom::Hole(data))?.unwrap_or(end);
-            let hole = hole.next_multiple_of(512).max(data + 512).min(end);
-            extents.push(Extent { offset: data, len: hole - data, kind: ExtentKind::Data });
-            at = hole;
-        }
-        Ok(extents)
-    }
+fn open_raw(path: &Path) -> Result<RawFile> {
+    let image = RawFile::open(path, Access::ReadOnly)?;
+    check_size(image.geometry().size)?;
+    Ok(image)
 }

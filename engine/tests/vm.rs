@@ -78,7 +78,7 @@ impl Guest {
             cmdline: Some(cmdline),
             disks: vec![NewDisk::Import(guest.join("debian.raw")), NewDisk::Empty(64 << 20)],
         };
-        engine.create(&request, &|_, _, _| {}).unwrap();
+        engine.create(&request, &|_, _, _| {}, &AtomicBool::new(false)).unwrap();
         Self { dir, engine }
     }
 

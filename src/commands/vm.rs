@@ -48,8 +48,8 @@ fn create(context: &Context, args: VmCreateArgs) -> Result {
         disks,
     };
     let progress = context.output.progress();
-    let made =
-        context.engine()?.create(&request, &|what, done, total| progress.engine(what, done, total));
+    let tell = |what: &str, done, total| progress.engine(what, done, total);
+    let made = context.engine()?.create(&request, &tell, &context.cancel);
     progress.finish();
     let config = made?;
     context

@@ -125,7 +125,7 @@ fn protect(
     targets: &[Target; 2],
     story: &mut Story<'_>,
 ) -> Result<Known> {
-    story.step("import a Debian 12 VM", || create(engine, args))?;
+    story.step("import a Debian 12 VM", || create(context, engine, args))?;
     let guest = story.step("start it, wait for the guest agent", || Guest::boot(engine, VM))?;
     let first = story.step("write 64 MiB, start a writer", || {
         let sum = guest.write("first", 64)?;
@@ -150,7 +150,7 @@ fn protect(
     Ok(Known { first, second })
 }
 
-fn create(engine: &Engine, args: &DemoArgs) -> Result {
+fn create(context: &Context, engine: &Engine, args: &DemoArgs) -> Result {
     let file = |name: &str| {
         let path = args.guest.join(name);
         if path.exists() {
@@ -176,6 +176,7 @@ fn create(engine: &Engine, args: &DemoArgs) -> Result {
             disks: vec![NewDisk::Import(file("debian.raw")?)],
         },
         &|_, _, _| {},
+        &context.cancel,
     )?;
     Ok(())
 }

@@ -21,7 +21,7 @@ fn child() {
     };
     let engine = open(Path::new(&data));
     match scenario.as_str() {
-        "create" => drop(engine.create(&request("new", 2), &|_, _, _| {})),
+        "create" => drop(engine.create(&request("new", 2), &|_, _, _| {}, &AtomicBool::new(false))),
         "checkpoint" => {
             let mut session = engine.session("vm").unwrap();
             let _ = session.create_checkpoint(&checkpoint("new", CheckpointPurpose::User));
@@ -169,7 +169,7 @@ fn i5_a_vm_whose_creation_was_killed_leaves_nothing() {
         let engine = open(fixture.path());
         let left = crate::folder::entries(&fixture.path().join("vms")).unwrap();
         assert_eq!(left, [".create.lock"], "{point}");
-        engine.create(&request("new", 1), &|_, _, _| {}).unwrap();
+        engine.create(&request("new", 1), &|_, _, _| {}, &AtomicBool::new(false)).unwrap();
     }
 }
 

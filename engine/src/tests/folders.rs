@@ -33,13 +33,14 @@ fn new_disks_are_sound_for_other_tools() {
 fn names_that_would_leave_the_folder_are_refused() {
     let fixture = Fixture::new();
     for name in ["", ".", "..", ".x", "-x", "a/b", "a b", "ä", &"x".repeat(65), "x\n"] {
-        let made = fixture.engine.create(&request(name, 1), &|_, _, _| {});
+        let made = fixture.engine.create(&request(name, 1), &|_, _, _| {}, &AtomicBool::new(false));
         assert!(matches!(made, Err(EngineError::Invalid(_))), "{name:?}");
         assert!(matches!(fixture.engine.show(name), Err(EngineError::NoSuchVm(_))), "{name:?}");
     }
     let longest = "x".repeat(64);
-    fixture.engine.create(&request(&longest, 1), &|_, _, _| {}).unwrap();
-    let again = fixture.engine.create(&request(&longest, 1), &|_, _, _| {});
+    fixture.engine.create(&request(&longest, 1), &|_, _, _| {}, &AtomicBool::new(false)).unwrap();
+    let again =
+        fixture.engine.create(&request(&longest, 1), &|_, _, _| {}, &AtomicBool::new(false));
     assert!(matches!(again, Err(EngineError::VmExists(_))));
 }
 
@@ -57,11 +58,15 @@ fn numbers_that_make_no_vm_are_refused() {
         CreateVm { driver: DriverKind::Kvm, ..request("vm", 1) },
     ];
     for request in wrong {
-        let made = fixture.engine.create(&request, &|_, _, _| {});
+        let made = fixture.engine.create(&request, &|_, _, _| {}, &AtomicBool::new(false));
         assert!(matches!(made, Err(EngineError::Invalid(_))), "{request:?} {made:?}");
     }
     let missing = CreateVm { kernel: Some("/no/kernel".into()), ..request("vm", 1) };
-    let error = fixture.engine.create(&missing, &|_, _, _| {}).unwrap_err().to_string();
+    let error = fixture
+        .engine
+        .create(&missing, &|_, _, _| {}, &AtomicBool::new(false))
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("/no/kernel"), "{error}");
     assert!(fixture.engine.list().unwrap().is_empty());
 }
@@ -80,7 +85,7 @@ fn two_sessions_of_one_vm_exclude_each_other() {
 #[test]
 fn i7_a_damaged_configuration_is_reported_with_its_file() {
     let fixture = Fixture::with_vm(1);
-    fixture.engine.create(&request("good", 1), &|_, _, _| {}).unwrap();
+    fixture.engine.create(&request("good", 1), &|_, _, _| {}, &AtomicBool::new(false)).unwrap();
     let path = fixture.vm_path("vm.vmcx");
     let good = std::fs::read_to_string(&path).unwrap();
     std::fs::write(&path, good.replace("\"cpus\": 1", "\"cpus\": 2")).unwrap();

@@ -28,7 +28,8 @@ fn raw_image(path: &Path) -> Vec<u8> {
 
 fn import(fixture: &Fixture, name: &str, image: &Path) -> crate::Result<Vec<u8>> {
     let request = CreateVm { disks: vec![NewDisk::Import(image.to_owned())], ..request(name, 0) };
-    fixture.engine.create(&request, &|_, done, total| assert!(done <= total))?;
+    let never = AtomicBool::new(false);
+    fixture.engine.create(&request, &|_, done, total| assert!(done <= total), &never)?;
     let session = fixture.engine.session(name).unwrap();
     Ok(content(&session, "disk0"))
 }
@@ -100,4 +101,23 @@ fn images_that_cannot_be_imported_say_why_and_leave_nothing() {
     }
     assert!(fixture.engine.list().unwrap().is_empty());
     assert_eq!(crate::folder::entries(&fixture.path().join("vms")).unwrap(), [".create.lock"]);
+}
+
+#[test]
+fn a_cancelled_import_leaves_nothing() {
+    let fixture = Fixture::new();
+    let raw = fixture.path().join("image.raw");
+    raw_image(&raw);
+    let qcow2 = fixture.path().join("image.qcow2");
+    qemu_img(&[&"convert", &"-f", &"raw", &"-O", &"qcow2", &raw, &qcow2]);
+    for image in [&raw, &qcow2] {
+        let request = CreateVm { disks: vec![NewDisk::Import(image.clone())], ..request("vm", 0) };
+        // At the first sign of progress.
+        let cancel = AtomicBool::new(false);
+        let tell = |_: &str, _, _| cancel.store(true, std::sync::atomic::Ordering::Relaxed);
+        let cancelled = fixture.engine.create(&request, &tell, &cancel);
+        assert!(matches!(cancelled, Err(EngineError::Cancelled)), "{cancelled:?}");
+        let left = crate::folder::entries(&fixture.path().join("vms")).unwrap();
+        assert_eq!(left, [".create.lock"]);
+    }
 }

@@ -46,7 +46,10 @@ impl Fixture {
     /// With a VM `vm` of empty disks.
     fn with_vm(disks: usize) -> Self {
         let fixture = Self::new();
-        fixture.engine.create(&request("vm", disks), &|_, _, _| {}).unwrap();
+        fixture
+            .engine
+            .create(&request("vm", disks), &|_, _, _| {}, &AtomicBool::new(false))
+            .unwrap();
         fixture
     }
 

@@ -84,7 +84,8 @@ fn boot_files_come_back_with_the_vm() {
         cmdline: Some("console=ttyS0".to_owned()),
         ..request("vm", 1)
     };
-    let config = fixture.engine.create(&with_kernel, &|_, _, _| {}).unwrap();
+    let config =
+        fixture.engine.create(&with_kernel, &|_, _, _| {}, &AtomicBool::new(false)).unwrap();
     std::fs::remove_file(&kernel).unwrap();
     let session = fixture.session();
     let boot: Vec<_> = session

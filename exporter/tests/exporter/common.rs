@@ -95,7 +95,7 @@ impl Lab {
             cmdline: Some("console=ttyS0".to_owned()),
             disks: disks.iter().map(|size| NewDisk::Empty(*size)).collect(),
         };
-        self.engine.create(&request, &|_, _, _| ()).unwrap()
+        self.engine.create(&request, &|_, _, _| (), &AtomicBool::new(false)).unwrap()
     }
 
     /// Changes an offline VM's disk, with tracking, and its model alike.
