@@ -20,23 +20,9 @@ use tidemark_engine::{
 };
 
 /// Boot of the guest under emulation on a busy machine.
-const BOOT: Duration = Duration::from_secs(180);
+const BOOT: Duration = Duration::from_secs(300);
 const DEADLINE: Duration = Duration::from_secs(20);
 const PROGRAM: &str = env!("CARGO_BIN_EXE_tidemark-engine-test");
-
-/// The guest image, built by `make guest`.
-fn guest_dir() -> PathBuf {
-    let dir = std::env::var_os("TIDEMARK_GUEST_DIR").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../.cache/guest"),
-        PathBuf::from,
-    );
-    assert!(
-        dir.join("stamp").exists(),
-        "no guest image in {}: run `make guest`, or set TIDEMARK_GUEST_DIR",
-        dir.display()
-    );
-    dir
-}
 
 /// A running VM; what is left of it ends with the test.
 struct Guest {
@@ -60,7 +46,7 @@ impl Drop for Guest {
 
 impl Guest {
     fn create() -> Self {
-        let guest = guest_dir();
+        let guest = tidemark_lab::guest(&Path::new(env!("CARGO_MANIFEST_DIR")).join("..")).unwrap();
         // Kills of processes lose nothing that was written, so memory is as good as a disk.
         let memory = Path::new("/dev/shm");
         let dir = if memory.is_dir() { tempfile::tempdir_in(memory) } else { tempfile::tempdir() };

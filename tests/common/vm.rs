@@ -6,10 +6,7 @@ use super::Host;
 
 /// The guest's files, made by `make guest`.
 pub(crate) fn guest_dir() -> PathBuf {
-    let dir = std::env::var_os("TIDEMARK_GUEST_DIR")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join(".cache/guest"), PathBuf::from);
-    assert!(dir.join("debian.raw").exists(), "no guest in {}; run `make guest`", dir.display());
-    dir
+    tidemark_lab::guest(Path::new(env!("CARGO_MANIFEST_DIR"))).unwrap()
 }
 
 /// A VM with the Debian guest.

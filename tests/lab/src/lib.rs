@@ -1,5 +1,5 @@
 //! Surroundings that the demo and the tests run in: a real S3 service (SeaweedFS) in a folder of its
-//! own, on free loopback ports, gone when dropped.
+//! own, on free loopback ports, gone when dropped; and the Debian guest's files.
 
 use std::fs::File;
 use std::io::{Error, Result};
@@ -22,6 +22,19 @@ const START: Duration = Duration::from_secs(60);
 pub fn weed(checkout: &Path) -> PathBuf {
     std::env::var_os("TIDEMARK_WEED")
         .map_or_else(|| checkout.join(".cache/seaweed-venv/bin/weed"), PathBuf::from)
+}
+
+/// The files of the Debian guest: `TIDEMARK_GUEST_DIR`, else where `make guest` puts them below
+/// `checkout`.
+pub fn guest(checkout: &Path) -> Result<PathBuf> {
+    let dir = std::env::var_os("TIDEMARK_GUEST_DIR")
+        .map_or_else(|| checkout.join(".cache/guest"), PathBuf::from);
+    // The stamp is written last.
+    if dir.join("stamp").exists() {
+        return Ok(dir);
+    }
+    let what = "run `make guest`, or set TIDEMARK_GUEST_DIR";
+    Err(Error::other(format!("no guest image in {}: {what}", dir.display())))
 }
 
 /// A running S3 service.

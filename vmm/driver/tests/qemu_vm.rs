@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -14,21 +14,7 @@ use tidemark_driver::{
 use uuid::Uuid;
 
 /// Boot of the guest under emulation on a busy machine.
-const BOOT: Duration = Duration::from_secs(120);
-
-/// The guest image, built by `make guest`.
-fn guest_dir() -> PathBuf {
-    let dir = std::env::var_os("TIDEMARK_GUEST_DIR").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.cache/guest"),
-        PathBuf::from,
-    );
-    assert!(
-        dir.join("stamp").exists(),
-        "no guest image in {}: run `make guest`, or set TIDEMARK_GUEST_DIR",
-        dir.display()
-    );
-    dir
-}
+const BOOT: Duration = Duration::from_secs(300);
 
 /// Serves a raw file over NBD until dropped.
 struct NbdServer(Child);
@@ -104,7 +90,7 @@ fn text(bytes: &[u8]) -> String {
 
 #[test]
 fn a_real_guest_is_driven_from_boot_to_power_off() {
-    let guest = guest_dir();
+    let guest = tidemark_lab::guest(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let image = dir.path().join("system.raw");
     let copied = Command::new("cp")
