@@ -41,15 +41,30 @@ impl VmSession<'_> {
     pub fn create_checkpoint(&mut self, request: &CheckpointRequest) -> Result<CheckpointRecord> {
         let name = self.check_request(request)?;
         self.recover_intent()?;
+        let unguarded = self.unguarded(request)?;
         let mut intent = CheckpointIntent::new(Uuid::new_v4(), &self.config);
         // Killed from here on until the record stands, the checkpoint is undone.
         Intent::Checkpoint(intent.clone()).save(&self.place.folder)?;
         fault::point("checkpoint-intent");
-        let record = match self.take(&mut intent, request) {
+        let record = match self.take(&mut intent, request, unguarded) {
             Ok(taken) => self.record_checkpoint(&intent, name, request, taken),
             Err(error) => Err(error),
         };
         record.or_else(|error| self.take_back(&intent, error))
+    }
+
+    /// Why the guest must not be frozen: only its guard ends a freeze if we die. Known before anything
+    /// is made, so that a checkpoint that requires a freeze fails at once.
+    fn unguarded(&self, request: &CheckpointRequest) -> Result<Option<String>> {
+        if request.quiesce == QuiesceMode::Off || !self.is_running()? {
+            return Ok(None);
+        }
+        match self.watch().map_err(|e| e.to_string()) {
+            Err(reason) if request.quiesce == QuiesceMode::Require && self.is_running()? => {
+                Err(EngineError::Quiesce(reason))
+            }
+            watched => Ok(watched.err()),
+        }
     }
 
     /// Undoes a failed attempt. Gives its error, or the checkpoint if its record stands after all.
@@ -103,9 +118,14 @@ impl VmSession<'_> {
         }
     }
 
-    fn take(&self, intent: &mut CheckpointIntent, request: &CheckpointRequest) -> Result<Taken> {
+    fn take(
+        &self,
+        intent: &mut CheckpointIntent,
+        request: &CheckpointRequest,
+        unguarded: Option<String>,
+    ) -> Result<Taken> {
         match machine::process(&self.place)? {
-            Some(machine) => self.take_online(intent, request, &machine),
+            Some(machine) => self.take_online(intent, request, &machine, unguarded),
             None => {
                 self.settle()?;
                 self.take_offline(intent)
@@ -127,6 +147,7 @@ impl VmSession<'_> {
         intent: &mut CheckpointIntent,
         request: &CheckpointRequest,
         machine: &ProcessId,
+        unguarded: Option<String>,
     ) -> Result<Taken> {
         let leaves: Vec<_> = intent
             .leaves
@@ -139,7 +160,10 @@ impl VmSession<'_> {
         owner.call(&Request::PrepareCheckpoint { leaves: leaves.clone() }, PREPARE)?;
         self.enter_commit(intent)?;
         let alive = || machine.alive();
-        let freeze = self.quiesce(request, &alive)?;
+        let freeze = match unguarded {
+            Some(reason) => Err(reason),
+            None => self.quiesce(request, &alive)?,
+        };
         let patience = if freeze.is_ok() { request.freeze_deadline } else { COMMIT };
         let committed = owner.call(&Request::CommitCheckpoint { leaves }, patience);
         // Thaw first, whatever became of the switch.

@@ -187,6 +187,8 @@ fn a_guest_under_load_survives_checkpoints_merges_and_kills() {
     step("owner killed");
     guard_is_replaced(&guest);
     step("guard killed");
+    required_quiesce_fails_at_once_without_guard(&guest);
+    step("no guard");
     clients_are_killed(&guest);
     step("clients killed");
     required_quiesce_fails_without_agent(&guest);
@@ -301,6 +303,30 @@ fn guard_is_replaced(guest: &Guest) {
     drop(guest.engine.session("vm").unwrap());
     assert_ne!(guest.pid("guard.pid"), before);
     guest.assert_thawed(Duration::from_secs(20));
+}
+
+fn required_quiesce_fails_at_once_without_guard(guest: &Guest) {
+    // A program that starts nothing: the guard cannot come back.
+    let options = EngineOptions { program: "/bin/false".into() };
+    let crippled = Engine::open(guest.engine.data_dir(), options).unwrap();
+    guest.kill("guard.pid");
+    let begun = Instant::now();
+    let mut session = crippled.session("vm").unwrap();
+    let before = session.config().clone();
+    let refused =
+        session.create_checkpoint(&request(QuiesceMode::Require, CheckpointPurpose::User));
+    let Err(EngineError::Quiesce(reason)) = refused else { panic!("{refused:?}") };
+    assert!(reason.contains("guard does not start"), "{reason}");
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    assert_eq!(session.config(), &before);
+    let tried = session.create_checkpoint(&request(QuiesceMode::Try, CheckpointPurpose::Backup));
+    let Consistency::Crash { reason } = tried.unwrap().consistency else { panic!("frozen") };
+    assert!(reason.contains("guard does not start"), "{reason}");
+    drop(session);
+    // The next session brings the guard back and merges the dead run's checkpoint.
+    drop(guest.engine.session("vm").unwrap());
+    assert!(guest.engine.show("vm").unwrap().config.checkpoints.is_empty());
+    guest.assert_no_orphans();
 }
 
 fn clients_are_killed(guest: &Guest) {

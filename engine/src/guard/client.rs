@@ -15,6 +15,8 @@ use crate::spawn;
 const ANSWER: Duration = Duration::from_secs(5);
 /// Longest wait for a new guard to be there.
 const START: Duration = Duration::from_secs(15);
+/// Longest wait for the guard that was quicker than ours.
+const OTHER: Duration = Duration::from_secs(2);
 /// Beyond the freeze's own deadline: for the agent's connection before, and the thaw after.
 const GRACE: Duration = Duration::from_secs(30);
 /// Longest wait for a thaw. The guard goes on trying after it.
@@ -35,21 +37,26 @@ pub(crate) fn ensure(run: &RunDir, command: &mut Command) -> Result<()> {
         return Ok(());
     }
     let mut child = spawn::start(command, &run.guard_log())?;
+    let failed = |why: &str| {
+        let said = log_tail(&run.guard_log());
+        Err(EngineError::State(format!("the VM's guard does not start ({why}): {said}")))
+    };
     let end = Instant::now() + START;
+    let mut left = None;
     loop {
         if connect(run).is_some() {
             child.leave();
             return Ok(());
         }
-        // Another one may have been quicker: then ours leaves, and the other one answers.
-        let failed = child.exited().is_some_and(|status| !status.success());
-        if failed || Instant::now() >= end {
-            return Err(EngineError::State(format!(
-                "the VM's guard does not start: {}",
-                log_tail(&run.guard_log())
-            )));
+        match child.exited() {
+            Some(status) if !status.success() => return failed(&status.to_string()),
+            // It has left the place to another one, which is about to answer; or the VM has ended.
+            Some(_) if left.get_or_insert_with(Instant::now).elapsed() >= OTHER => {
+                return failed("it found another guard or an ended VM");
+            }
+            _ if Instant::now() >= end => return failed("it does not answer"),
+            _ => std::thread::sleep(Duration::from_millis(10)),
         }
-        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -148,5 +155,29 @@ impl Drop for Freeze<'_> {
                 self.thaw_directly();
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guard_that_cannot_start_is_reported_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().canonicalize().unwrap();
+        std::fs::create_dir(data.join("run")).unwrap();
+        let run = RunDir::locate(&data, "vm", uuid::Uuid::new_v4());
+        run.create().unwrap();
+        let begun = Instant::now();
+        let error = ensure(&run, &mut Command::new("/nowhere/guard")).unwrap_err().to_string();
+        assert!(error.contains("/nowhere/guard"), "{error}");
+        let mut failing = Command::new("sh");
+        failing.args(["-c", "echo out of luck; exit 3"]);
+        let error = ensure(&run, &mut failing).unwrap_err().to_string();
+        assert!(error.contains("out of luck") && error.contains('3'), "{error}");
+        // One that finds nothing to do is not waited for either.
+        ensure(&run, &mut Command::new("true")).unwrap_err();
+        assert!(begun.elapsed() < START, "{:?}", begun.elapsed());
     }
 }
