@@ -177,6 +177,8 @@ fn i6_an_unreferenced_file_is_removed_only_if_it_holds_nothing() {
         path
     };
     let empty = child("disk0_empty.avhdx");
+    // Killed while its tracking pair was made.
+    std::fs::write(fixture.vm_path("disks/disk0_empty.avhdx.rct.new"), b"half").unwrap();
     let full = child("disk0_full.avhdx");
     let vhdx = Vhdx::open(&full, Access::ReadWrite).unwrap();
     vhdx.write_at(0, &[1; 4096]).unwrap();
@@ -185,6 +187,8 @@ fn i6_an_unreferenced_file_is_removed_only_if_it_holds_nothing() {
     std::fs::write(fixture.vm_path("disks/torn.vhdx"), b"vhdxfile").unwrap();
     drop(fixture.session());
     assert!(!empty.exists() && full.exists());
+    let left = crate::folder::entries(&fixture.vm_path("disks")).unwrap();
+    assert!(!left.iter().any(|name| name.starts_with("disk0_empty")), "{left:?}");
     let pending = fixture.engine.show("vm").unwrap().pending.unwrap();
     assert!(pending.contains("disk0_full.avhdx") && pending.contains("torn.vhdx"), "{pending}");
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::Chain;
 use super::open::folder_of;
 use crate::error::{DiskError, Result};
-use crate::rct::{DiskIdentity, Tracker, pair_paths};
+use crate::rct::{DiskIdentity, Tracker, pair_paths, unfinished_path};
 use crate::vhdx::{Access, CreateOptions, Properties, Vhdx, pending_path};
 
 /// A file that a merge has emptied may still be held by a guest's request that began before: so long
@@ -46,7 +46,8 @@ pub(super) fn undo_create(path: &Path) {
     }
 }
 
-/// Removes a disk file with its tracking pair; files that are not there are no error.
+/// Removes a disk file with its tracking pair, also what a kill has left of a pair in the making; files
+/// that are not there are no error.
 ///
 /// The disk file goes last: as long as it is there everyone sees that the deletion has not ended and
 /// does it again, while a pair alone would be left behind for ever. A kill in between leaves a disk
@@ -61,7 +62,8 @@ pub fn delete_disk_files(path: &Path) -> Result<()> {
         std::thread::sleep(Duration::from_millis(5));
     }
     let (rct, mrt) = pair_paths(path);
-    for file in [&mrt, &rct, &pending_path(path)] {
+    let unfinished = [unfinished_path(&mrt), unfinished_path(&rct)];
+    for file in unfinished.iter().chain([&mrt, &rct, &pending_path(path)]) {
         remove(file)?;
     }
     sync_folder(path)?;

@@ -148,9 +148,7 @@ impl Store for FileStore {
 
     fn replace(&self, which: Which, len: u64, head: &[u8]) -> io::Result<()> {
         let path = self.path(which);
-        let mut temporary = path.as_os_str().to_owned();
-        temporary.push(".new");
-        let temporary = PathBuf::from(temporary);
+        let temporary = super::unfinished_path(path);
         match std::fs::remove_file(&temporary) {
             Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
             _ => {}

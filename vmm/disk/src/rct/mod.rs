@@ -115,5 +115,13 @@ pub fn pair_paths(disk: &Path) -> (PathBuf, PathBuf) {
     (with(".rct"), with(".mrt"))
 }
 
+/// The name under which a file of the pair is made before it takes its place; a kill in between leaves
+/// it.
+pub(crate) fn unfinished_path(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".new");
+    PathBuf::from(name)
+}
+
 #[cfg(test)]
 mod tests;

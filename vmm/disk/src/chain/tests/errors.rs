@@ -436,3 +436,18 @@ fn i5_a_parent_that_a_dead_writer_left_open_is_made_durable() {
     assert!(!folder.path().join("disk.vhdx.pending").exists());
     assert!(held(Access::ReadOnly));
 }
+
+#[test]
+fn a_deleted_disk_leaves_nothing_behind() {
+    let folder = folder();
+    let disk = folder.path().join("disk.vhdx");
+    Chain::create(&disk, &options(8 * MIB, 1 << 20)).unwrap();
+    // Killed while a pair was being made anew.
+    for left in ["disk.vhdx.rct.new", "disk.vhdx.mrt.new", "disk.vhdx.pending"] {
+        std::fs::write(folder.path().join(left), b"half").unwrap();
+    }
+    delete_disk_files(&disk).unwrap();
+    let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+    delete_disk_files(&disk).unwrap();
+}
