@@ -67,11 +67,18 @@ impl Repository {
         if cancel.load(Ordering::Relaxed) {
             return Err(RepoError::Cancelled);
         }
-        let stats = writer.finish(&copied)?;
-        match writer.publish(&copied) {
+        let mut stats = writer.finish(&copied)?;
+        // With the statistics of the first writing: that is what they say.
+        let object = manifest::seal(&self.inner.keys, self.inner.id, &copied)?;
+        let len = object.len() as u64;
+        match writer.publish(&copied, object) {
+            Ok(()) => {
+                stats.stored_bytes += len;
+                stats.objects += 1;
+            }
             // Another copy of the same restore point was faster.
             Err(RepoError::AlreadyExists { .. }) if self.point(point).is_ok() => {}
-            result => result?,
+            Err(e) => return Err(e),
         }
         progress(total, total);
         Ok(stats)

@@ -114,9 +114,9 @@ pub struct WriteStats {
     pub read_bytes: u64,
     /// Bytes of chunks that the repository did not have.
     pub new_bytes: u64,
-    /// Bytes of all objects uploaded.
+    /// Bytes of all objects uploaded; of a finished run also its manifest's.
     pub stored_bytes: u64,
-    /// Objects uploaded.
+    /// Objects uploaded; of a finished run also its manifest.
     pub objects: u64,
 }
 

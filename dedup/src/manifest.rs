@@ -6,7 +6,7 @@ use crate::error::{RepoError, Result};
 use crate::key::Keys;
 use crate::map::Root;
 use crate::object::{Header, Kind, damaged, open_body, seal_body};
-use crate::{DiskRoot, Manifest};
+use crate::{DiskRoot, Manifest, WriteStats};
 
 /// Readers refuse larger manifests.
 const MAX_LEN: usize = 64 << 20;
@@ -49,13 +49,50 @@ pub(crate) fn roots(manifest: &Manifest) -> impl Iterator<Item = &DiskRoot> {
 
 /// The object of a manifest.
 pub(crate) fn seal(keys: &Keys, repository: [u8; 16], manifest: &Manifest) -> Result<Vec<u8>> {
-    let json = serde_json::to_vec(manifest)
+    seal_padded(keys, repository, manifest, 0)
+}
+
+fn seal_padded(
+    keys: &Keys,
+    repository: [u8; 16],
+    manifest: &Manifest,
+    blanks: usize,
+) -> Result<Vec<u8>> {
+    let mut json = serde_json::to_vec(manifest)
         .map_err(|e| RepoError::Invalid(format!("the manifest cannot be written as JSON: {e}")))?;
+    json.resize(json.len() + blanks, b' ');
     if json.len() > MAX_LEN {
         return Err(RepoError::Invalid("the manifest is larger than the format allows".into()));
     }
     let header = Header::new(Kind::Manifest, repository, *manifest.point.as_bytes())?;
     seal_body(keys, &header, &json, ZSTD_LEVEL)
+}
+
+/// The object of a manifest whose statistics count the object itself: `before` is what the run has
+/// taken without it.
+pub(crate) fn seal_counted(
+    keys: &Keys,
+    repository: [u8; 16],
+    manifest: &mut Manifest,
+    before: WriteStats,
+) -> Result<Vec<u8>> {
+    let mut len = 0;
+    let mut object = Vec::new();
+    // The digits of the length are part of the object, which is compressed: with other digits it may be
+    // a byte shorter or longer, for ever in turn. Then a few blanks after the JSON break the tie.
+    for attempt in 0..64 {
+        manifest.stats = WriteStats {
+            stored_bytes: before.stored_bytes + len,
+            objects: before.objects + 1,
+            ..before
+        };
+        object = seal_padded(keys, repository, manifest, attempt / 4)?;
+        if object.len() as u64 == len {
+            break;
+        }
+        len = object.len() as u64;
+    }
+    Ok(object)
 }
 
 /// Reads a manifest, which must be the one that its key promises: an old one put in a newer one's
@@ -90,6 +127,25 @@ mod tests {
             files: Vec::new(),
             stats: Default::default(),
             facts: serde_json::Value::Null,
+        }
+    }
+
+    #[test]
+    fn i9_a_manifest_counts_itself_whatever_the_run_took() {
+        let keys = Keys::generate().unwrap();
+        for n in 0..300 {
+            let mut manifest = manifest("2026-08-01T09:00:00Z");
+            manifest.facts = serde_json::json!({ "n": n * 7919, "text": "x".repeat(n) });
+            let before =
+                WriteStats { stored_bytes: n as u64 * 104_729, objects: 2, ..Default::default() };
+            let object = seal_counted(&keys, [7; 16], &mut manifest, before).unwrap();
+            assert_eq!(
+                manifest.stats.stored_bytes - before.stored_bytes,
+                object.len() as u64,
+                "{n}"
+            );
+            let name = key(&manifest).unwrap();
+            assert_eq!(open(&keys, "s", &name, &[7; 16], &object).unwrap(), manifest);
         }
     }
 

@@ -68,8 +68,10 @@ impl PointWriter {
     /// Makes everything durable, then writes the manifest; `stats` is filled in (the manifest object
     /// itself not counted, since it holds them).
     pub fn commit(mut self, mut manifest: Manifest) -> Result<Manifest> {
-        manifest.stats = self.finish(&manifest)?;
-        self.publish(&manifest)?;
+        let before = self.finish(&manifest)?;
+        let inner = self.packer.inner();
+        let object = manifest::seal_counted(&inner.keys, inner.id, &mut manifest, before)?;
+        self.publish(&manifest, object)?;
         Ok(manifest)
     }
 
@@ -90,9 +92,7 @@ impl PointWriter {
 
     /// Writes the manifest: the commit point. Killed before, there is no restore point, only garbage;
     /// killed after, there is one, and all it needs has been durable before.
-    pub(crate) fn publish(&self, manifest: &Manifest) -> Result<()> {
-        let inner = self.packer.inner();
-        let object = manifest::seal(&inner.keys, inner.id, manifest)?;
-        block_on(inner.store.create(&manifest::key(manifest)?, object.into()))
+    pub(crate) fn publish(&self, manifest: &Manifest, object: Vec<u8>) -> Result<()> {
+        block_on(self.packer.inner().store.create(&manifest::key(manifest)?, object.into()))
     }
 }
