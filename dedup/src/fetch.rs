@@ -23,6 +23,15 @@ const MAX_GAP: u32 = 256 * 1024;
 /// Most bytes of one request.
 const MAX_READ: u32 = 4 << 20;
 
+/// What to do when a store does not answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// Try again, as long as the store's policy says.
+    Retry,
+    /// Say so after the first attempt: there is another copy.
+    Once,
+}
+
 /// A frame that was fetched, or why not.
 pub(crate) type Fetched = Result<Arc<Decoded>>;
 
@@ -41,30 +50,34 @@ impl Drop for Request {
 
 impl Inner {
     /// Begins to read frames, each given once. They arrive in the order of their packs.
-    pub(crate) fn request(self: &Arc<Self>, mut places: Vec<Location>) -> Vec<Request> {
+    pub(crate) fn request(
+        self: &Arc<Self>,
+        mut places: Vec<Location>,
+        patience: Patience,
+    ) -> Vec<Request> {
         places.sort_by_key(Location::frame_key);
         let mut requests = Vec::new();
         let mut group: Vec<Location> = Vec::new();
         for place in places {
             if group.first().is_some_and(|first| !joins(first, &group[group.len() - 1], &place)) {
-                requests.push(self.request_group(std::mem::take(&mut group)));
+                requests.push(self.request_group(std::mem::take(&mut group), patience));
             }
             group.push(place);
         }
         if !group.is_empty() {
-            requests.push(self.request_group(group));
+            requests.push(self.request_group(group, patience));
         }
         requests
     }
 
-    fn request_group(self: &Arc<Self>, places: Vec<Location>) -> Request {
+    fn request_group(self: &Arc<Self>, places: Vec<Location>, patience: Patience) -> Request {
         let (inner, wanted) = (self.clone(), places.clone());
         let task = pool::runtime().spawn(async move {
             let (first, last) = (wanted[0].info(), wanted[wanted.len() - 1].info());
             let pack = wanted[0].pack.clone();
             let start = u64::from(first.offset);
             let end = u64::from(last.offset) + u64::from(last.stored);
-            let bytes = inner.read_pack(&pack, start..end).await?;
+            let bytes = inner.read_pack(&pack, start..end, patience).await?;
             let sealer = Arc::new(Sealer::new(&inner.keys, &pack.header)?);
             Ok(wanted
                 .into_iter()
@@ -80,10 +93,19 @@ impl Inner {
         Request { places, task }
     }
 
-    async fn read_pack(&self, pack: &PackInfo, range: std::ops::Range<u64>) -> Result<Bytes> {
+    async fn read_pack(
+        &self,
+        pack: &PackInfo,
+        range: std::ops::Range<u64>,
+        patience: Patience,
+    ) -> Result<Bytes> {
         let key = pack.key();
         let len = range.end - range.start;
-        let bytes = self.store.get_range(&key, range).await.map_err(|e| match e {
+        let read = match patience {
+            Patience::Retry => self.store.get_range(&key, range).await,
+            Patience::Once => self.store.get_range_once(&key, range).await,
+        };
+        let bytes = read.map_err(|e| match e {
             RepoError::Missing { .. } => damaged(&key, "the pack is missing"),
             other => other,
         })?;
@@ -134,7 +156,12 @@ impl Inner {
 
     /// One blob, from any pack that has it intact. `refreshes` bounds how often an unknown id makes
     /// us look for what other writers have added.
-    pub(crate) fn blob(self: &Arc<Self>, id: &BlobId, refreshes: &mut u32) -> Result<Bytes> {
+    pub(crate) fn blob(
+        self: &Arc<Self>,
+        id: &BlobId,
+        refreshes: &mut u32,
+        patience: Patience,
+    ) -> Result<Bytes> {
         let mut places = self.index.read().locate(id);
         while places.is_empty() && *refreshes > 0 {
             *refreshes -= 1;
@@ -147,7 +174,7 @@ impl Inner {
         }
         let mut failure = None;
         for place in places {
-            match self.blob_at(&place, id) {
+            match self.blob_at(&place, id, patience) {
                 Ok(blob) => return Ok(blob),
                 Err(e) => failure = failure.or(Some(e)),
             }
@@ -155,12 +182,17 @@ impl Inner {
         Err(failure.unwrap_or_else(|| damaged(&format!("blob {id}"), "it is in no pack")))
     }
 
-    fn blob_at(self: &Arc<Self>, place: &Location, id: &BlobId) -> Result<Bytes> {
+    fn blob_at(
+        self: &Arc<Self>,
+        place: &Location,
+        id: &BlobId,
+        patience: Patience,
+    ) -> Result<Bytes> {
         let frame = match self.frames.get(place) {
             Some(frame) => frame,
             None => {
                 let mut fetched = HashMap::new();
-                let requests = self.request(vec![place.clone()]);
+                let requests = self.request(vec![place.clone()], patience);
                 self.collect(requests, &mut fetched)?;
                 fetched
                     .remove(&place.frame_key())
@@ -187,16 +219,21 @@ fn joins(first: &Location, last: &Location, next: &Location) -> bool {
 pub(crate) struct Pages {
     inner: Arc<Inner>,
     refreshes: u32,
+    pub(crate) patience: Patience,
 }
 
 impl Pages {
     pub(crate) fn new(inner: Arc<Inner>) -> Self {
-        Self { inner, refreshes: 2 }
+        Self { inner, refreshes: 2, patience: Patience::Retry }
+    }
+
+    pub(crate) fn with(inner: Arc<Inner>, patience: Patience) -> Self {
+        Self { patience, ..Self::new(inner) }
     }
 
     /// A chunk's content, 64 KiB.
     pub(crate) fn chunk(&mut self, id: &BlobId) -> Result<Bytes> {
-        self.inner.blob(id, &mut self.refreshes)
+        self.inner.blob(id, &mut self.refreshes, self.patience)
     }
 }
 
@@ -205,7 +242,7 @@ impl PageSource for Pages {
         if let Some(page) = self.inner.pages.get(id).filter(|page| page.level == level) {
             return Ok(page);
         }
-        let bytes = self.inner.blob(id, &mut self.refreshes)?;
+        let bytes = self.inner.blob(id, &mut self.refreshes, self.patience)?;
         let page = Page::decode(&bytes)
             .filter(|page| page.level == level)
             .map(Arc::new)

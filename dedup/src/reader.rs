@@ -10,7 +10,7 @@ use bytes::Bytes;
 use crate::cache::FrameKey;
 use crate::diff::{Span, Spans};
 use crate::error::{RepoError, Result};
-use crate::fetch::{Fetched, Pages, Request};
+use crate::fetch::{Fetched, Pages, Patience, Request};
 use crate::frame::FRAME_CHUNKS;
 use crate::index::Location;
 use crate::map::{PageSource, Root, Walker};
@@ -26,6 +26,7 @@ const WINDOW_CHUNKS: usize = 512;
 pub struct DiskReader {
     inner: Arc<Inner>,
     root: Root,
+    patience: Patience,
 }
 
 impl std::fmt::Debug for DiskReader {
@@ -35,13 +36,13 @@ impl std::fmt::Debug for DiskReader {
 }
 
 impl DiskReader {
-    pub(crate) fn open(inner: Arc<Inner>, root: &DiskRoot) -> Result<Self> {
+    pub(crate) fn open(inner: Arc<Inner>, root: &DiskRoot, patience: Patience) -> Result<Self> {
         let root = Root::parse(root)?;
         if !root.page.is_none() {
             // A root that does not exist should fail here and not at the first read.
-            Pages::new(inner.clone()).page(&root.page, root.levels)?;
+            Pages::with(inner.clone(), patience).page(&root.page, root.levels)?;
         }
-        Ok(Self { inner, root })
+        Ok(Self { inner, root, patience })
     }
 
     /// Virtual size.
@@ -65,7 +66,7 @@ impl DiskReader {
     /// Ranges that hold data, in order; the rest reads as zeros.
     pub fn data_ranges(&self, range: Range<u64>) -> Result<Vec<Range<u64>>> {
         self.check(&range)?;
-        let mut pages = Pages::new(self.inner.clone());
+        let mut pages = Pages::with(self.inner.clone(), self.patience);
         let mut walker = Walker::new(&self.root, chunks_of(&range));
         let mut found: Vec<Range<u64>> = Vec::new();
         while let Some(leaf) = walker.next_leaf(&mut pages, &mut None)? {
@@ -92,7 +93,8 @@ impl DiskReader {
     ) -> Result<()> {
         self.check(&range)?;
         let walker = Walker::new(&self.root, chunks_of(&range));
-        let mut stream = Stream::new(self.inner.clone(), walker);
+        let pages = Pages::with(self.inner.clone(), self.patience);
+        let mut stream = Stream::over(self.inner.clone(), pages, walker);
         stream.run(cancel, &mut |piece| {
             let data = piece.data?;
             let start = piece.chunks.start * CHUNK;
@@ -156,13 +158,12 @@ pub(crate) struct Stream {
 
 impl Stream {
     pub(crate) fn new(inner: Arc<Inner>, spans: impl Spans + 'static) -> Self {
-        Self {
-            pages: Pages::new(inner.clone()),
-            spans: Box::new(spans),
-            inner,
-            left: Vec::new(),
-            broken: None,
-        }
+        let pages = Pages::new(inner.clone());
+        Self::over(inner, pages, spans)
+    }
+
+    fn over(inner: Arc<Inner>, pages: Pages, spans: impl Spans + 'static) -> Self {
+        Self { pages, spans: Box::new(spans), inner, left: Vec::new(), broken: None }
     }
 
     /// Hands every piece to `each`, in order, until that gives an error. Damage is a piece; errors of
@@ -212,7 +213,7 @@ impl Stream {
         if window.items.is_empty() {
             return Ok(None);
         }
-        window.requests = self.inner.request(wanted.into_values().collect());
+        window.requests = self.inner.request(wanted.into_values().collect(), self.pages.patience);
         Ok(Some(window))
     }
 

@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::cache::{FrameCache, PageCache};
 use crate::config::{self, Config};
 use crate::error::{RepoError, Result};
+use crate::fetch::Patience;
 use crate::index::Index;
 use crate::key::{KdfCost, Keys, Unwrapped, unwrap};
 use crate::manifest;
@@ -195,7 +196,13 @@ impl Repository {
 
     /// Opens a stored disk or file for reading.
     pub fn open_disk(&self, root: &DiskRoot) -> Result<DiskReader> {
-        DiskReader::open(self.inner.clone(), root)
+        DiskReader::open(self.inner.clone(), root, Patience::Retry)
+    }
+
+    /// As [`Repository::open_disk`], for a reader that has another copy to turn to: what the store
+    /// does not give at the first attempt is an error at once.
+    pub fn open_disk_once(&self, root: &DiskRoot) -> Result<DiskReader> {
+        DiskReader::open(self.inner.clone(), root, Patience::Once)
     }
 
     /// The whole content of a stored small file, which may have at most `limit` bytes.

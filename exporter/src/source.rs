@@ -1,6 +1,9 @@
 //! A restore point's disks and files, read from the targets that hold it: the first that gives a
-//! piece, verified, is believed; damage or silence of one target is made good by the next.
+//! piece, verified, is believed; damage or silence of one target is made good by the next. As long as
+//! there is another one, a target is asked once; only when all have failed are they asked with the
+//! patience of their stores.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -118,7 +121,8 @@ impl PointSource {
                 target: copy.target.clone(),
                 repository: copy.repository.clone(),
                 root: root(&copy.manifest)?,
-                open: Mutex::new(None),
+                once: Mutex::default(),
+                patient: Mutex::default(),
             })
         });
         Some(DiskSource {
@@ -172,19 +176,40 @@ struct Reader {
     repository: Repository,
     root: DiskRoot,
     /// Opened when first needed: a target that is never asked need not answer.
-    open: Mutex<Option<Arc<DiskReader>>>,
+    once: Opened,
+    patient: Opened,
 }
 
+type Opened = Mutex<Option<Arc<DiskReader>>>;
+
 impl Reader {
-    fn get(&self) -> tidemark_dedup::Result<Arc<DiskReader>> {
-        let mut open = self.open.lock();
+    fn get(&self, patient: bool) -> tidemark_dedup::Result<Arc<DiskReader>> {
+        let mut open = if patient { &self.patient } else { &self.once }.lock();
         if let Some(reader) = open.as_ref() {
             return Ok(reader.clone());
         }
-        let reader = Arc::new(self.repository.open_disk(&self.root)?);
+        let reader = Arc::new(match patient {
+            true => self.repository.open_disk(&self.root)?,
+            false => self.repository.open_disk_once(&self.root)?,
+        });
         *open = Some(reader.clone());
         Ok(reader)
     }
+}
+
+/// Whether it is one piece that is bad. Otherwise the target is: its time-out would be the price of
+/// every further piece.
+fn is_damage(error: &RepoError) -> bool {
+    matches!(error, RepoError::Damaged { .. } | RepoError::Missing { .. })
+}
+
+/// How far a stream came.
+enum Streamed {
+    All,
+    /// To a piece that this target does not have intact, or to the silence of the last target.
+    Stuck,
+    /// To the silence of a target; the next one is preferred now.
+    NextTarget,
 }
 
 impl DiskSource {
@@ -205,35 +230,36 @@ impl DiskSource {
         self.attempt(&format!("the map at {}", range.start), |r| r.data_ranges(range.clone()))
     }
 
-    /// Asks target after target until one gives what is wanted.
+    /// Asks target after target until one gives what is wanted; where all fail, those that were silent
+    /// once more, with patience.
     fn attempt<T>(
         &self,
         what: &str,
         mut ask: impl FnMut(&DiskReader) -> tidemark_dedup::Result<T>,
     ) -> Result<T> {
         let first = self.preferred.load(Ordering::Relaxed);
-        let mut failures = Vec::new();
-        for turn in 0..self.readers.len() {
-            let index = (first + turn) % self.readers.len();
+        let count = self.readers.len();
+        let mut failures: BTreeMap<usize, RepoError> = BTreeMap::new();
+        for turn in 0..2 * count {
+            let (index, patient) = ((first + turn) % count, turn >= count || count == 1);
             let Some(reader) = self.readers.get(index) else { continue };
-            match reader.get().and_then(|open| ask(&open)) {
+            if failures.get(&index).is_some_and(|e| is_damage(e) || count == 1) {
+                continue;
+            }
+            match reader.get(patient).and_then(|open| ask(&open)) {
                 Ok(value) => return Ok(value),
                 Err(RepoError::Cancelled) => return Err(ExportError::Cancelled),
                 Err(e) => {
                     self.note(format!("{}: {what} of {}: {e}", reader.target, self.name));
-                    // Damage is a matter of one piece; a silent target would cost its time-out
-                    // for every piece.
-                    if !matches!(e, RepoError::Damaged { .. } | RepoError::Missing { .. }) {
-                        let next = (index + 1) % self.readers.len();
-                        let preferred = &self.preferred;
-                        preferred
-                            .compare_exchange(index, next, Ordering::Relaxed, Ordering::Relaxed)
-                            .ok();
-                    }
-                    failures.push((&reader.target, e));
+                    self.move_on(index, &e);
+                    failures.insert(index, e);
                 }
             }
         }
+        let mut failures: Vec<_> = failures
+            .into_iter()
+            .filter_map(|(index, e)| Some((&self.readers.get(index)?.target, e)))
+            .collect();
         if failures.len() == 1
             && let Some((target, source)) = failures.pop()
         {
@@ -245,6 +271,15 @@ impl DiskSource {
             what: format!("{what} of {}", self.name),
             failures: failures.join("; "),
         })
+    }
+
+    /// Prefers the next target if this one fell silent.
+    fn move_on(&self, index: usize, error: &RepoError) {
+        if !is_damage(error) {
+            let next = (index + 1) % self.readers.len();
+            let order = Ordering::Relaxed;
+            self.preferred.compare_exchange(index, next, order, order).ok();
+        }
     }
 
     fn note(&self, text: String) {
@@ -269,9 +304,17 @@ impl DiskSource {
         each: &mut dyn FnMut(u64, Bytes) -> Result<()>,
     ) -> Result<()> {
         let mut at = 0;
+        let mut silent = 0;
         while at < self.size {
-            if self.stream(&mut at, cancel, each)? {
-                return Ok(());
+            let begun = at;
+            match self.stream(&mut at, cancel, each)? {
+                Streamed::All => return Ok(()),
+                // Not round and round: each target gets one chance to go on from here.
+                Streamed::NextTarget if at > begun || silent + 1 < self.readers.len() => {
+                    silent = if at > begun { 1 } else { silent + 1 };
+                    continue;
+                }
+                Streamed::NextTarget | Streamed::Stuck => silent = 0,
             }
             // Something between here and the end of the read-ahead is damaged or out of reach: this
             // much piece by piece, each from whoever has it, and then on as before.
@@ -286,17 +329,18 @@ impl DiskSource {
         Ok(())
     }
 
-    /// Streams from the preferred target as far as it gives good data, and says whether that was all.
+    /// Streams from the preferred target as far as it gives good data.
     fn stream(
         &self,
         at: &mut u64,
         cancel: &AtomicBool,
         each: &mut dyn FnMut(u64, Bytes) -> Result<()>,
-    ) -> Result<bool> {
-        let index = self.preferred.load(Ordering::Relaxed) % self.readers.len().max(1);
-        let Some(reader) = self.readers.get(index) else { return Ok(false) };
+    ) -> Result<Streamed> {
+        let count = self.readers.len();
+        let index = self.preferred.load(Ordering::Relaxed) % count.max(1);
+        let Some(reader) = self.readers.get(index) else { return Ok(Streamed::Stuck) };
         let mut failed = None;
-        let result = reader.get().and_then(|open| {
+        let result = reader.get(count == 1).and_then(|open| {
             open.for_each(*at..self.size, cancel, &mut |offset, data| {
                 let end = offset + data.len() as u64;
                 each(offset, data).map_err(|e| {
@@ -309,11 +353,16 @@ impl DiskSource {
         });
         match (result, failed) {
             (_, Some(e)) => Err(e),
-            (Ok(()), None) => Ok(true),
+            (Ok(()), None) => Ok(Streamed::All),
             (Err(RepoError::Cancelled), None) => Err(ExportError::Cancelled),
-            (Err(e), None) => {
+            (Err(e), None) if is_damage(&e) || count == 1 => {
                 tracing::debug!("{} at {at}: {e}", reader.target);
-                Ok(false)
+                Ok(Streamed::Stuck)
+            }
+            (Err(e), None) => {
+                self.note(format!("{}: {} from {at} on: {e}", reader.target, self.name));
+                self.move_on(index, &e);
+                Ok(Streamed::NextTarget)
             }
         }
     }
@@ -338,3 +387,6 @@ fn pieces(range: Range<u64>) -> impl Iterator<Item = Step> + Send {
         piece
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -36,6 +36,10 @@ pub trait Store: Send + Sync {
     async fn get(&self, key: &str) -> Result<Bytes>;
     /// Reads a range of an object.
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes>;
+    /// As [`Store::get_range`], without trying again: for a reader that can turn to another copy.
+    async fn get_range_once(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        self.get_range(key, range).await
+    }
     /// Size of an object.
     async fn size(&self, key: &str) -> Result<u64>;
     /// All objects whose key begins with `prefix`, by key.

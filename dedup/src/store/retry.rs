@@ -31,6 +31,11 @@ pub(super) enum Failure {
 }
 
 impl Policy {
+    /// One attempt, with the same patience.
+    pub(super) fn once(self) -> Self {
+        Self { give_up_after: Duration::ZERO, ..self }
+    }
+
     /// Runs an operation until it succeeds, fails for good, or time is up. `bytes`: how much data it
     /// moves. Every attempt has a deadline, so a peer that says nothing cannot hold us for ever.
     pub(super) async fn run<T, F>(
@@ -103,6 +108,18 @@ mod tests {
             Err(Failure::Final(RepoError::Cancelled))
         });
         assert!(matches!(result, Err(RepoError::Cancelled)));
+        assert_eq!(tries.get(), 1);
+    }
+
+    #[test]
+    fn one_attempt_is_one() {
+        let tries = Cell::new(0);
+        let attempt = || async {
+            tries.set(tries.get() + 1);
+            Err(Failure::Transient("503".into()))
+        };
+        let result: Result<()> = crate::pool::block_on(QUICK.once().run("s3://test", 0, attempt));
+        assert!(matches!(result, Err(RepoError::Unreachable { attempts: 1, .. })), "{result:?}");
         assert_eq!(tries.get(), 1);
     }
 

@@ -236,7 +236,7 @@ impl S3Store {
     }
 
     /// Reads an object or a part of it. However long that takes: each piece has its deadline.
-    async fn read(&self, key: &str, options: GetOptions) -> Result<Bytes> {
+    async fn read(&self, key: &str, options: GetOptions, policy: Policy) -> Result<Bytes> {
         let path = self.path(key)?;
         let attempt = || async {
             let failed = |e: object_store::Error| self.failure("read", key, &e);
@@ -263,7 +263,15 @@ impl S3Store {
                 _ => pieces.concat().into(),
             })
         };
-        self.policy.run(&self.name, LONGEST_READ, attempt).await
+        policy.run(&self.name, LONGEST_READ, attempt).await
+    }
+
+    async fn read_range(&self, key: &str, range: Range<u64>, policy: Policy) -> Result<Bytes> {
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        let options = GetOptions { range: Some(range.into()), ..Default::default() };
+        self.read(key, options, policy).await
     }
 
     /// Whether an object is the one that we meant to create.
@@ -326,14 +334,15 @@ impl Store for S3Store {
     }
 
     async fn get(&self, key: &str) -> Result<Bytes> {
-        self.read(key, GetOptions::default()).await
+        self.read(key, GetOptions::default(), self.policy).await
     }
 
     async fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
-        if range.is_empty() {
-            return Ok(Bytes::new());
-        }
-        self.read(key, GetOptions { range: Some(range.into()), ..Default::default() }).await
+        self.read_range(key, range, self.policy).await
+    }
+
+    async fn get_range_once(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        self.read_range(key, range, self.policy.once()).await
     }
 
     async fn size(&self, key: &str) -> Result<u64> {
