@@ -1,10 +1,13 @@
 # `make` alone says what there is.
-.PHONY: help setup guest demo test lint bench bench-disk soak clean
+.PHONY: help setup guest demo test lint bench bench-disk soak crash clean
 .DEFAULT_GOAL := help
 
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 GUEST := $(or $(TIDEMARK_GUEST_DIR),.cache/guest)
 TIDEMARK := $(TARGET)/release/tidemark
+
+# How many times as many crashes as the test suite `make crash` goes through.
+CRASHES ?= 10
 
 # How many processes `make soak` kills, and where its random numbers begin.
 KILLS ?= 500
@@ -49,6 +52,9 @@ bench-disk: ## Measure a disk over NBD beside qemu-nbd: SECONDS_EACH=2 per job, 
 soak: guest ## Kill processes at random moments of backup and merge, KILLS=500 times, from SEED=1
 	TIDEMARK_KILLS=$(KILLS) TIDEMARK_SEED=$(SEED) \
 		cargo test --release --package tidemark --test kills -- --nocapture
+
+crash: ## Cut the power after every write of recorded disk lives, CRASHES=10 times as many as the tests do
+	TIDEMARK_CRASH=$(CRASHES) cargo test --release --package tidemark-disk --lib -- --nocapture tests::crash::i3_i5
 
 clean: ## Remove everything built and cached
 	cargo clean

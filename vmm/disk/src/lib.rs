@@ -9,6 +9,7 @@ pub mod block;
 pub mod chain;
 pub mod convert;
 pub mod error;
+mod fs;
 pub mod nbd;
 pub mod owner;
 pub mod raw;

@@ -4,8 +4,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::Chain;
-use super::open::folder_of;
 use crate::error::{DiskError, Result};
+use crate::fs;
 use crate::rct::{DiskIdentity, Tracker, pair_paths, unfinished_path};
 use crate::vhdx::{Access, CreateOptions, Properties, Vhdx, pending_path};
 
@@ -72,15 +72,12 @@ pub fn delete_disk_files(path: &Path) -> Result<()> {
 }
 
 fn remove(path: &Path) -> Result<()> {
-    match std::fs::remove_file(path) {
+    match fs::remove(path) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(DiskError::io("delete", path, e)),
         _ => Ok(()),
     }
 }
 
 fn sync_folder(path: &Path) -> Result<()> {
-    let folder = folder_of(path);
-    std::fs::File::open(&folder)
-        .and_then(|f| f.sync_all())
-        .map_err(|e| DiskError::io("sync", &folder, e))
+    fs::sync_folder_of(path).map_err(|e| DiskError::io("sync the folder of", path, e))
 }

@@ -2,6 +2,7 @@
 
 use super::merge::LeafMerge;
 use super::node::{Node, Payload};
+use super::rules::{Rule, Rules};
 use super::{Chain, Layout};
 use crate::block::{Block, BlockRange, Extent, ExtentKind, Geometry};
 use crate::error::{DiskError, Result};
@@ -47,7 +48,12 @@ fn write_merging(
     let child = layout.leaf()?;
     let parent = layout.node(layout.nodes.len().wrapping_sub(2))?;
     // The child's pair answers for its ids until the merge ends, whichever file the data goes to.
-    let _tracked = child.writing()?.before_write(offset, payload.len())?;
+    let rules = merge.rules;
+    let _tracked = if rules.obey(Rule::TrackInChild) {
+        Some(child.writing()?.before_write(offset, payload.len())?)
+    } else {
+        None
+    };
     let end = offset + payload.len();
     let mut at = offset;
     while at < end {
@@ -57,19 +63,24 @@ fn write_merging(
         // Shared: the block is not released, and no part of it copied, during this write.
         let _stripe = merge.stripe(block).read();
         if child.vhdx.block_state(block) == BlockState::NotPresent {
-            write_tracked(parent, at, part)?;
+            write_to_parent(parent, rules, at, part)?;
         } else {
             child.put(at, part)?;
-            mirror(parent, merge, at, part);
+            if rules.obey(Rule::MirrorWhatIsCopied) {
+                mirror(parent, merge, at, part);
+            }
         }
         at = stop;
     }
     Ok(())
 }
 
-fn write_tracked(node: &Node, offset: u64, payload: Payload<'_>) -> Result<()> {
-    let _tracked = node.writing()?.before_write(offset, payload.len())?;
-    node.put(offset, payload)
+fn write_to_parent(parent: &Node, rules: Rules, offset: u64, payload: Payload<'_>) -> Result<()> {
+    if !rules.obey(Rule::TrackInParent) {
+        return parent.put(offset, payload);
+    }
+    let _tracked = parent.writing()?.before_write(offset, payload.len())?;
+    parent.put(offset, payload)
 }
 
 /// Repeats a write to the child in the parent where the merge has copied the range already. A failure
@@ -78,9 +89,11 @@ fn mirror(parent: &Node, merge: &LeafMerge, offset: u64, payload: Payload<'_>) {
     let copied = merge.copied();
     let start = offset.max(copied.start);
     let end = (offset + payload.len()).min(copied.end);
-    if start < end
-        && write_tracked(parent, start, payload.slice(start - offset, end - offset)).is_err()
-    {
+    if start >= end {
+        return;
+    }
+    let part = payload.slice(start - offset, end - offset);
+    if write_to_parent(parent, merge.rules, start, part).is_err() {
         merge.spoil();
     }
 }
@@ -159,7 +172,12 @@ impl Block for Chain {
         if self.access == Access::ReadOnly {
             return Ok(());
         }
-        self.enter()?.layout.nodes.iter().try_for_each(Node::flush)
+        let request = self.enter()?;
+        let layout = &request.layout;
+        if !self.rules.obey(Rule::FlushEveryFile) {
+            return layout.leaf()?.flush();
+        }
+        layout.nodes.iter().try_for_each(Node::flush)
     }
 
     /// Zeros, never "ask the parent": that would bring old data back.

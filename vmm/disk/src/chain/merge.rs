@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::node::Node;
 use super::open::{children_of, names_of};
+use super::rules::{Rule, Rules};
 use super::{Chain, Layout, MergeProgress};
 use crate::block::BlockRange;
 use crate::error::{DiskError, Result};
@@ -27,14 +28,16 @@ pub(super) struct LeafMerge {
     copied: Mutex<Range<u64>>,
     /// A write to such a block reached the child only.
     spoiled: AtomicBool,
+    pub(super) rules: Rules,
 }
 
 impl LeafMerge {
-    fn new() -> Self {
+    fn new(rules: Rules) -> Self {
         Self {
             stripes: (0..STRIPES).map(|_| RwLock::new(())).collect(),
             copied: Mutex::new(0..0),
             spoiled: AtomicBool::new(false),
+            rules,
         }
     }
 
@@ -178,7 +181,7 @@ impl Chain {
                     "a new leaf is prepared on the one to be merged: discard it first".to_owned(),
                 ));
             }
-            layout.merge = Some(LeafMerge::new());
+            layout.merge = Some(LeafMerge::new(self.rules));
         }
         Ok(())
     }
@@ -213,7 +216,8 @@ impl Chain {
         Ok(())
     }
 
-    /// The order of the reference: tracking knows N, the child accepts N, the parent gets N.
+    /// The order of the reference: tracking knows N, the child accepts N (rule `ChildNamesGuid`), the
+    /// parent gets N.
     fn open_parent(&self, job: Job) -> Result<Option<(Box<crate::rct::Tracker>, Continuity)>> {
         let request = self.enter()?;
         let (child, parent) = (job.child(&request.layout)?, job.parent(&request.layout)?);
@@ -230,6 +234,9 @@ impl Chain {
         let mut locator = parent_of(child)?;
         locator.linkage = found;
         locator.linkage2 = Some(next);
+        if !self.rules.obey(Rule::ChildNamesGuid) {
+            parent.vhdx.set_data_write_guid(next)?;
+        }
         child.vhdx.set_parent(&locator)?;
         self.step("merge:linked")?;
         parent.vhdx.set_data_write_guid(next)?;
@@ -250,15 +257,11 @@ impl Chain {
         let _pause = self.pause();
         let mut layout = self.layout.write();
         require_empty(job.child(&layout)?)?;
-        // The parent has the child's ids. From here on writes are marked in the parent alone: should a
-        // kill let the chain be opened at the child again, the child's map must not be asked.
-        let emptied = job.child(&layout)?.writing()?;
-        for id in emptied.sealed_ids() {
-            emptied.forget(&id)?;
+        if self.rules.obey(Rule::ForgetBeforeParentAlone) {
+            forget_ids(job.child(&layout)?)?;
         }
         self.step("merge:paused")?;
         layout.merge = None;
-        layout.generation += 1;
         Ok(layout.nodes.remove(job.child))
     }
 
@@ -277,7 +280,11 @@ impl Chain {
             self.step("merge:before-repoint")?;
             let grandchild = layout.node(above)?;
             let before = parent_of(grandchild)?;
-            let repointed = grandchild.vhdx.set_parent(&locator);
+            let repointed = if self.rules.obey(Rule::RepointBeforeLeave) {
+                grandchild.vhdx.set_parent(&locator)
+            } else {
+                Ok(())
+            };
             if repointed.is_err() {
                 // It may have reached the file all the same.
                 let _ = grandchild.vhdx.set_parent(&before);
@@ -287,7 +294,6 @@ impl Chain {
             }
             repointed?;
             job.parent(&layout)?.retire();
-            layout.generation += 1;
             layout.nodes.remove(job.child)
         };
         // The change is made: what fails here is repeated by the next `settle`.
@@ -322,7 +328,6 @@ impl Chain {
             let _pause = self.pause();
             let mut layout = self.layout.write();
             layout.merge = None;
-            layout.generation += 1;
             let parent = job.parent(&layout)?;
             // Where this fails the parent stays live, and guest flushes include it.
             if parent.is_live() {
@@ -356,6 +361,13 @@ impl Chain {
 fn parent_of(node: &Node) -> Result<ParentLocator> {
     let locator = node.properties().parent;
     locator.ok_or_else(|| DiskError::corrupt(node.path(), "a child that names no parent"))
+}
+
+/// The parent has the child's ids. From here on writes are marked in the parent alone: should a kill let
+/// the chain be opened at the child again, the child's map must not be asked.
+pub(super) fn forget_ids(child: &Node) -> Result<()> {
+    let emptied = child.writing()?;
+    emptied.sealed_ids().iter().try_for_each(|id| emptied.forget(id))
 }
 
 fn require_empty(child: &Node) -> Result<()> {

@@ -46,6 +46,7 @@ mod merge;
 mod mover;
 mod node;
 mod open;
+mod rules;
 mod switch;
 #[cfg(test)]
 mod tests;
@@ -61,8 +62,12 @@ use crate::rct::{Continuity, RctId};
 use crate::vhdx::{Access, Properties};
 use merge::LeafMerge;
 use node::Node;
+use rules::Rules;
 
+pub use changes::ChangedPage;
 pub use files::delete_disk_files;
+#[cfg(test)]
+pub(crate) use rules::Rule;
 
 /// Progress of a merge, in bytes of the child's data.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -94,6 +99,7 @@ pub struct Chain {
     settling: Mutex<()>,
     /// Held by what changes the chain for longer than a pause: a merge, the close.
     changing: Mutex<()>,
+    rules: Rules,
     #[cfg(test)]
     hook: tests::Hook,
 }
@@ -102,8 +108,6 @@ pub struct Chain {
 struct Layout {
     /// Base first; empty once closed.
     nodes: Vec<Node>,
-    /// Counts the changes of `nodes`.
-    generation: u64,
     /// Set while the leaf is being merged into its parent.
     merge: Option<LeafMerge>,
     /// Set once requests can no longer be served.
@@ -136,7 +140,6 @@ impl Layout {
     /// From here on every request fails with `why`.
     fn end(&mut self, why: String, files: Vec<PathBuf>, properties: Properties) {
         self.ended = Some(Ended { why, files, properties });
-        self.generation += 1;
     }
 }
 
@@ -175,10 +178,11 @@ impl Chain {
             lineage: properties.disk_id,
             continuity: Mutex::new(continuity),
             gate: RwLock::new(()),
-            layout: RwLock::new(Layout { nodes, generation: 0, merge: None, ended: None }),
+            layout: RwLock::new(Layout { nodes, merge: None, ended: None }),
             prepared: Mutex::new(None),
             settling: Mutex::new(()),
             changing: Mutex::new(()),
+            rules: Rules::of(leaf),
             #[cfg(test)]
             hook: tests::Hook::default(),
         })

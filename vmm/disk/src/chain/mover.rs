@@ -2,8 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::merge::Job;
+use super::merge::{Job, forget_ids};
 use super::node::{Node, Payload};
+use super::rules::Rule;
 use super::{Chain, MergeProgress};
 use crate::block::BlockRange;
 use crate::error::{DiskError, Result};
@@ -52,7 +53,7 @@ impl Levels {
         Self { first, later }
     }
 
-    /// Marks a range that the child holds.
+    /// Marks a range that the child holds. The caller keeps the regions' bits until the data is there.
     fn mark(&self, child: &Node, parent: &Tracker, range: &BlockRange) -> Result<()> {
         drop(parent.before_merge_write(range.start, range.end - range.start, self.first)?);
         self.mark_later(child, parent, range)
@@ -159,8 +160,10 @@ impl Chain {
                 self.copy_block(job, block, copied)?;
             }
             self.step("merge:copied")?;
-            // Most of the sync without a lock.
-            job.parent(&self.enter()?.layout)?.vhdx.flush()?;
+            // Guests go on meanwhile.
+            if self.rules.obey(Rule::SyncBeforeRelease) {
+                job.parent(&self.enter()?.layout)?.vhdx.flush()?;
+            }
             self.step("merge:flushed")?;
             if self.release(job, batch)? {
                 return self.step("merge:released");
@@ -200,23 +203,24 @@ impl Chain {
         Ok(())
     }
 
-    /// Copies what the child holds of a piece of one block. Marks come before data, as for a write.
+    /// Copies what the child holds of a piece of one block. Marks come before data, as for a write: the
+    /// regions' bits are durable, and kept by the guard, until the data is written. Killed before: the
+    /// parent's copy is not asked for yet. After: its region counts as changed.
     fn copy_piece(&self, job: Job, block: u64, piece: BlockRange) -> Result<u64> {
         let request = self.enter()?;
         let (child, parent) = (job.child(&request.layout)?, job.parent(&request.layout)?);
         let tracker = parent.writing()?;
         let levels = Levels::new(child, tracker);
         let merge = request.layout.merge.as_ref();
-        if merge.is_some() {
-            // Syncs that tracking needs come before guest writes are held back.
-            for (range, _) in child.present(&piece)? {
-                levels.mark(child, tracker, &range)?;
-            }
-        }
+        // Marks nothing itself. Its sync comes before guest writes are held back, and the marks below
+        // then need none.
+        let _tracked = tracker.before_merge_write(piece.start, piece.end - piece.start, 0)?;
         let _held = merge.map(|m| m.stripe(block).write());
         let mut bytes = 0;
         for (range, presence) in child.present(&piece)? {
-            levels.mark(child, tracker, &range)?;
+            if self.rules.obey(Rule::MarkWhatIsCopied) {
+                levels.mark(child, tracker, &range)?;
+            }
             if presence == Presence::Zero {
                 parent.put(range.start, Payload::Zeros(range.end - range.start))?;
                 continue;
@@ -231,19 +235,16 @@ impl Chain {
     }
 
     /// Gives the batch up in the child, if the parent has all of it. Killed before: the child still
-    /// has the blocks, and what it has is read. After: the parent has them, durably.
+    /// has the blocks, and what it has is read. After: the parent has them, durably as of the sync
+    /// after the copies, which is all that guests may count on: their flushes sync the parent too.
     fn release(&self, job: Job, batch: &[u64]) -> Result<bool> {
         let request = self.enter()?;
-        let (child, parent) = (job.child(&request.layout)?, job.parent(&request.layout)?);
+        let child = job.child(&request.layout)?;
         let merge = request.layout.merge.as_ref();
         let stripes = merge.map(|m| m.stripes(batch)).unwrap_or_default();
         let _held: Vec<_> = stripes.iter().map(|s| s.write()).collect();
         if merge.is_some_and(super::merge::LeafMerge::take_spoiled) {
             return Ok(false);
-        }
-        if merge.is_some() {
-            // What guests wrote to both files since the last sync.
-            parent.vhdx.flush()?;
         }
         child.vhdx.release_blocks(batch)?;
         if let Some(merge) = merge {
@@ -269,6 +270,11 @@ impl Chain {
         self.step("merge:marked")?;
         let request = self.enter()?;
         let (child, parent) = (job.child(&request.layout)?, job.parent(&request.layout)?);
+        if job.of_leaf && !self.rules.obey(Rule::AdoptBeforeForget) {
+            let ids = child.tracker().map(Tracker::sealed_ids).unwrap_or_default();
+            forget_ids(child)?;
+            return parent.writing()?.adopt_ids(&ids);
+        }
         // Marks are durable before ids that rest on them: by the map or by the regions' bits, which
         // stay set until a map flush.
         if let Ok(tracker) = child.tracker() {

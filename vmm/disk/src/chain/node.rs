@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use uuid::Uuid;
 
+use super::rules::{Rule, Rules};
 use crate::block::BlockRange;
 use crate::error::{DiskError, Result};
 use crate::rct::{Continuity, DiskIdentity, Tracker};
@@ -134,7 +135,8 @@ impl Node {
         }
     }
 
-    /// Opens the pair for a session of writes under the DataWriteGuid `next`, which it announces.
+    /// Opens the pair for a session of writes under the DataWriteGuid `next`, which it announces: rule
+    /// `AnnounceBeforeGuid`.
     /// The caller sets `next` in the file after that and writes only then: a kill in between leaves
     /// the old GUID, which the pair still knows.
     pub(super) fn open_tracking(
@@ -142,8 +144,11 @@ impl Node {
         next: Uuid,
         min_epoch: u32,
     ) -> Result<(Box<Tracker>, Continuity)> {
-        let (tracker, continuity) =
-            Tracker::open_above(self.path(), &self.identity(), next, min_epoch)?;
+        let identity = self.identity();
+        if !Rules::of(self.path()).obey(Rule::AnnounceBeforeGuid) {
+            self.vhdx.set_data_write_guid(next)?;
+        }
+        let (tracker, continuity) = Tracker::open_above(self.path(), &identity, next, min_epoch)?;
         if tracker.epoch() < min_epoch {
             tracker.raise_epoch(min_epoch)?;
         }

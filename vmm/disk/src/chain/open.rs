@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 use super::node::Node;
+use super::rules::{Rule, Rules};
 use crate::error::{DiskError, Result};
+use crate::fs;
 use crate::vhdx::{Access, BlockState, Kind, ParentLocator, Properties, Vhdx};
 
 /// Files a chain may have: Hyper-V allows 50 checkpoints, and a loop must end somewhere.
@@ -35,6 +37,9 @@ pub(super) fn open_nodes(leaf: &Path, access: Access) -> Result<Vec<Node>> {
         }
         let parent = open_parent(&folder, child.path(), &properties, &locator, &mut seen)?;
         nodes.push(if access == Access::ReadWrite { settled(parent)? } else { parent });
+    }
+    if access == Access::ReadWrite && Rules::of(leaf).obey(Rule::SyncWhatWasFound) {
+        sync_found(&nodes)?;
     }
     nodes.reverse();
     Ok(nodes)
@@ -84,9 +89,9 @@ fn open_parent(
     for name in &names {
         let path = folder.join(name);
         // A link could lead out of the folder; `Vhdx::open` refuses what else is not a file.
-        match std::fs::symlink_metadata(&path) {
-            Ok(meta) if meta.file_type().is_file() => {}
-            Ok(_) => continue,
+        match fs::is_file(&path) {
+            Ok(true) => {}
+            Ok(false) => continue,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
             Err(e) => return Err(DiskError::io("examine", &path, e)),
         }
@@ -111,17 +116,21 @@ fn open_parent(
 ///
 /// A kill in between leaves the file as it was, or closed clean.
 fn settled(parent: Node) -> Result<Node> {
-    let parent = if parent.vhdx.has_recovered() {
-        let path = parent.path().to_owned();
-        drop(parent);
-        let vhdx = Vhdx::open(&path, Access::ReadWrite)?;
-        vhdx.freeze()?;
-        Node::new(vhdx, Access::ReadOnly)
-    } else {
-        parent
-    };
-    parent.vhdx.sync()?;
-    Ok(parent)
+    if !parent.vhdx.has_recovered() {
+        return Ok(parent);
+    }
+    let path = parent.path().to_owned();
+    drop(parent);
+    let vhdx = Vhdx::open(&path, Access::ReadWrite)?;
+    vhdx.freeze()?;
+    Ok(Node::new(vhdx, Access::ReadOnly))
+}
+
+/// Rule `SyncWhatWasFound`. The leaf, the first of the nodes, is synced when its headers are written.
+fn sync_found(nodes: &[Node]) -> Result<()> {
+    let Some((leaf, parents)) = nodes.split_first() else { return Ok(()) };
+    parents.iter().try_for_each(|parent| parent.vhdx.sync())?;
+    fs::sync_folder_of(leaf.path()).map_err(|e| DiskError::io("sync the folder of", leaf.path(), e))
 }
 
 fn check_parent(
@@ -179,13 +188,11 @@ pub(super) fn children_of(parent: &Path, except: &[OsString]) -> Result<Children
     let folder = folder_of(parent);
     let mut found = Children::default();
     let Some(name) = parent.file_name() else { return Ok(found) };
-    let entries = std::fs::read_dir(&folder).map_err(|e| DiskError::io("list", &folder, e))?;
-    for entry in entries {
-        let entry = entry.map_err(|e| DiskError::io("list", &folder, e))?;
-        let other = entry.file_name();
+    for entry in fs::list(&folder).map_err(|e| DiskError::io("list", &folder, e))? {
+        let other = entry.name;
         let candidate =
             is_disk_name(Path::new(&other)) && other != name && !except.contains(&other);
-        if !candidate || !entry.file_type().is_ok_and(|t| t.is_file()) {
+        if !candidate || !entry.regular {
             continue;
         }
         let path = folder.join(&other);
@@ -193,7 +200,7 @@ pub(super) fn children_of(parent: &Path, except: &[OsString]) -> Result<Children
             Ok(vhdx) => found.files.extend(child_file(&vhdx, name)),
             Err(DiskError::Busy { .. }) => {}
             // Shorter than the headers: cut off in its creation, so nothing was ever in it.
-            Err(_) if entry.metadata().is_ok_and(|m| m.len() < 1 << 20) => {}
+            Err(_) if entry.len.is_some_and(|len| len < 1 << 20) => {}
             Err(DiskError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
             Err(e) => found.unreadable.push((path, e)),
         }

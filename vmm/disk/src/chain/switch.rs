@@ -9,6 +9,7 @@ use super::node::Node;
 use super::open::{MAX_FILES, children_of, folder_of, names_of};
 use super::{Chain, Pause};
 use crate::error::{DiskError, Result};
+use crate::fs;
 use crate::rct::RctId;
 use crate::vhdx::{Access, CreateOptions, ParentLink, Properties, Vhdx};
 
@@ -22,6 +23,7 @@ struct Fit {
     properties: Properties,
     link: ParentLink,
     epoch: u32,
+    block_size: u32,
 }
 
 impl Chain {
@@ -36,7 +38,7 @@ impl Chain {
         {
             let mut prepared = self.prepared.lock();
             match prepared.take() {
-                Some(node) if node.is(leaf) && path.exists() => {
+                Some(node) if node.is(leaf) && fs::is_file(&path).is_ok() => {
                     *prepared = Some(node);
                     return Ok(());
                 }
@@ -116,7 +118,6 @@ impl Chain {
         }
         old.retire();
         layout.nodes.extend(prepared.take());
-        layout.generation += 1;
         Ok(id)
     }
 
@@ -156,7 +157,17 @@ impl Chain {
             ParentLink { path: old.path().to_owned(), data_write_guid: properties.data_write_guid };
         // The seal will end the current epoch: the child's marks must be later.
         let epoch = old.writing()?.epoch().saturating_add(1);
-        Ok(Fit { properties, link, epoch })
+        let block_size = self.child_block_size(&properties);
+        Ok(Fit { properties, link, epoch, block_size })
+    }
+
+    fn child_block_size(&self, parent: &Properties) -> u32 {
+        #[cfg(test)]
+        if let Some(wanted) = self.hook.block_size() {
+            return wanted;
+        }
+        let small = parent.geometry.size <= SMALL_BLOCKS_UP_TO;
+        if small { parent.block_size.min(CHILD_BLOCK) } else { parent.block_size }
     }
 }
 
@@ -193,7 +204,7 @@ fn fit_to(new: &Node, old: &Node) -> Result<()> {
 /// A file in the way: removed if it is an empty child of the current leaf, as one that was prepared
 /// before a crash is.
 fn remove_stale(path: &Path, parent: &Path) -> Result<()> {
-    if std::fs::symlink_metadata(path).is_err() {
+    if fs::is_file(path).is_err() {
         return Ok(());
     }
     let stale = children_of(parent, &[])?;
@@ -206,11 +217,9 @@ fn remove_stale(path: &Path, parent: &Path) -> Result<()> {
 /// Creates a leaf, complete and durable, or leaves nothing.
 fn create_leaf(path: &Path, fit: &Fit) -> Result<Node> {
     let geometry = fit.properties.geometry;
-    let small = geometry.size <= SMALL_BLOCKS_UP_TO;
-    let block_size = fit.properties.block_size;
     let options = CreateOptions {
         size: geometry.size,
-        block_size: if small { block_size.min(CHILD_BLOCK) } else { block_size },
+        block_size: fit.block_size,
         logical_sector: geometry.logical_sector,
         physical_sector: geometry.physical_sector,
         fixed: false,

@@ -1,14 +1,16 @@
 //! The file operations that tracking needs, behind a trait so that a test can record their order
 //! and replay every crash.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, ErrorKind, IoSlice};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::{Errno, ReadWriteFlags};
 
 use crate::error::{DiskError, Result};
+use crate::fs::{self, How};
+use crate::vhdx::storage::Storage;
 
 /// One of the two files of a pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,7 +20,7 @@ pub(super) enum Which {
 }
 
 /// One open tracking file.
-pub(super) trait Media: Send + Sync {
+pub(crate) trait Media: Send + Sync {
     fn len(&self) -> io::Result<u64>;
     fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
     /// Writes; durable after the next [`Media::sync`], perhaps earlier, perhaps in part.
@@ -85,7 +87,7 @@ impl Media for File {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
-        self.write_all_at(buf, offset)
+        FileExt::write_all_at(self, buf, offset)
     }
 
     /// Syncs the written range alone: a seal inside a freeze must not wait for the thousands of
@@ -95,7 +97,7 @@ impl Media for File {
             Ok(n) if n == buf.len() => Ok(()),
             // A short write, or a file system without the flag: the plain way does the same.
             Ok(_) | Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NOSYS | Errno::INTR) => {
-                self.write_all_at(buf, offset)?;
+                FileExt::write_all_at(self, buf, offset)?;
                 self.sync_data()
             }
             Err(e) => Err(e.into()),
@@ -131,13 +133,9 @@ impl Store for FileStore {
     fn open(&self, which: Which, write: bool) -> io::Result<Option<Box<dyn Media>>> {
         // Neither a link out of the VM's folder is followed nor a FIFO waited for.
         let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::NONBLOCK;
-        let opened = OpenOptions::new()
-            .read(true)
-            .write(write)
-            .custom_flags(flags.bits().cast_signed())
-            .open(self.path(which));
-        match opened {
-            Ok(file) if file.metadata()?.is_file() => Ok(Some(Box::new(file))),
+        let how = How { write, create: None, flags: flags.bits() };
+        match fs::open(self.path(which), how) {
+            Ok(file) if fs::is_regular(&file)? => Ok(Some(Box::new(file))),
             // Something that is not a file of ours: as good as missing, and replaced like it.
             Ok(_) => Ok(None),
             Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
@@ -149,27 +147,18 @@ impl Store for FileStore {
     fn replace(&self, which: Which, len: u64, head: &[u8]) -> io::Result<()> {
         let path = self.path(which);
         let temporary = super::unfinished_path(path);
-        match std::fs::remove_file(&temporary) {
+        match fs::remove(&temporary) {
             Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
             _ => {}
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&temporary)?;
+        let file = fs::open(&temporary, How { write: true, create: Some(0o600), flags: 0 })?;
         // Length without content: the map stays sparse until it is touched.
-        file.set_len(len)?;
-        file.write_all_at(head, 0)?;
+        Storage::set_len(&file, len)?;
+        Media::write_at(&file, head, 0)?;
         // Killed before the rename: the old file stands and the temporary one is removed by the next
         // attempt. Without the syncs a power cut could leave an empty file under the right name.
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)?;
-        let folder = match path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
-        };
-        File::open(folder)?.sync_all()
+        Media::sync(&file)?;
+        fs::rename(&temporary, path)?;
+        fs::sync_folder_of(path)
     }
 }

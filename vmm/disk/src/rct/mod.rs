@@ -31,6 +31,10 @@ mod pair;
 mod rules;
 mod tracker;
 
+#[cfg(test)]
+pub(crate) use media::Media;
+#[cfg(test)]
+pub(crate) use rules::Rule;
 pub use tracker::{Tracker, WriteGuard};
 
 /// A sealed moment of a disk that one can ask "changed since?". Text form:

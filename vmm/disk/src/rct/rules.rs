@@ -9,7 +9,7 @@
 
 /// What must happen before what, and the bug that the order prevents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Rule {
+pub(crate) enum Rule {
     /// The header says OPEN, durably, before the first write. Else a crash finds CLEAN, does not look
     /// at the bitmap, and forgets the whole session.
     OpenBeforeWrites,
@@ -52,6 +52,21 @@ pub(super) struct Rules {
 }
 
 impl Rules {
+    /// The rules for the pair of a disk file.
+    #[cfg(test)]
+    pub(super) fn of(disk: &std::path::Path) -> Self {
+        match crate::fs::recorded::broken(disk) {
+            Some(crate::fs::recorded::Broken::Tracking(rule)) => Self { broken: Some(rule) },
+            _ => Self::default(),
+        }
+    }
+
+    /// The rules for the pair of a disk file: all.
+    #[cfg(not(test))]
+    pub(super) const fn of(_disk: &std::path::Path) -> Self {
+        Self {}
+    }
+
     /// Whether `rule` is obeyed; always, outside tests.
     #[cfg(test)]
     pub(super) fn obey(self, rule: Rule) -> bool {

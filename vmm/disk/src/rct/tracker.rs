@@ -67,7 +67,7 @@ impl Tracker {
         next: Uuid,
         min_epoch: u32,
     ) -> Result<(Self, Continuity)> {
-        Self::open_in(&FileStore::new(disk), identity, next, min_epoch, Rules::default())
+        Self::open_in(&FileStore::new(disk), identity, next, min_epoch, Rules::of(disk))
     }
 
     /// Opens the pair of a frozen disk for queries only. A pair that cannot answer any query is an

@@ -1,6 +1,5 @@
 //! Creating a file.
 
-use std::fs::OpenOptions;
 use std::path::Path;
 
 use uuid::Uuid;
@@ -14,6 +13,7 @@ use super::storage::{Storage, sync_parent};
 use super::{CreateOptions, Kind, ParentLink, ParentLocator};
 use crate::block::Geometry;
 use crate::error::{DiskError, Result};
+use crate::fs::{self, How};
 
 const LOG: Region = Region { offset: MIB, len: 4 * MIB };
 const METADATA: Region = Region { offset: 5 * MIB, len: MIB };
@@ -23,16 +23,12 @@ const BAT_OFFSET: u64 = 6 * MIB;
 /// refused by every reader.
 pub(crate) fn create(path: &Path, options: &CreateOptions) -> Result<()> {
     let metadata = metadata(path, options)?;
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .map_err(|e| DiskError::io("create", path, e))?;
+    let how = How { write: true, create: Some(0o666), flags: 0 };
+    let file = fs::open(path, how).map_err(|e| DiskError::io("create", path, e))?;
     let made = write(path, &file, &metadata);
     if made.is_err() {
         // Nothing refers to it yet.
-        let _ = std::fs::remove_file(path);
+        let _ = fs::remove(path);
     }
     made?;
     sync_parent(path)

@@ -24,9 +24,7 @@
 //! | while an open takes records over | the records still: they accept the old FileWriteGuid and the new one |
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
@@ -34,6 +32,7 @@ use uuid::Uuid;
 
 use super::open::read_zero_filled;
 use super::storage::Storage;
+use crate::fs::{self, DiskFile, How};
 
 const MAGIC: [u8; 8] = *b"TMKPEND1";
 /// Bytes of an area, its header page included.
@@ -77,11 +76,10 @@ pub(crate) struct Identity {
 
 impl Identity {
     /// Of an open file. `None` where the kernel does not say which boot this is.
-    pub(crate) fn of(file: &File) -> io::Result<Option<Self>> {
-        let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let Ok(boot) = Uuid::parse_str(text.trim()) else { return Ok(None) };
-        let meta = file.metadata()?;
-        Ok(Some(Self { boot, device: meta.dev(), inode: meta.ino() }))
+    pub(crate) fn of(file: &DiskFile) -> io::Result<Option<Self>> {
+        let Some(boot) = fs::boot_of(file) else { return Ok(None) };
+        let (device, inode) = fs::number_of(file)?;
+        Ok(Some(Self { boot, device, inode }))
     }
 }
 
@@ -100,9 +98,9 @@ pub(crate) struct Beside(pub(crate) PathBuf);
 
 impl Place for Beside {
     fn open(&self, writable: bool) -> io::Result<Option<Box<dyn Storage>>> {
-        let flags = (OFlags::NONBLOCK | OFlags::NOFOLLOW).bits() as i32;
-        match OpenOptions::new().read(true).write(writable).custom_flags(flags).open(&self.0) {
-            Ok(file) if file.metadata()?.is_file() => Ok(Some(Box::new(file))),
+        let flags = (OFlags::NONBLOCK | OFlags::NOFOLLOW).bits();
+        match fs::open(&self.0, How { write: writable, create: None, flags }) {
+            Ok(file) if fs::is_regular(&file)? => Ok(Some(Box::new(file))),
             Ok(_) => Err(io::Error::other("not a regular file")),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(e),
@@ -112,12 +110,12 @@ impl Place for Beside {
     fn create(&self) -> io::Result<Box<dyn Storage>> {
         // Never through a link that somebody has put there.
         self.remove()?;
-        let file = OpenOptions::new().read(true).write(true).create_new(true).open(&self.0)?;
-        Ok(Box::new(file))
+        let how = How { write: true, create: Some(0o666), flags: 0 };
+        Ok(Box::new(fs::open(&self.0, how)?))
     }
 
     fn remove(&self) -> io::Result<()> {
-        match std::fs::remove_file(&self.0) {
+        match fs::remove(&self.0) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),
         }

@@ -9,6 +9,7 @@ use rustix::fs::{FallocateFlags, OFlags, fallocate};
 
 use super::Access;
 use crate::error::{DiskError, Result};
+use crate::fs::{self, DiskFile, How};
 
 /// Positional file I/O. Writes may reach the disk in any order until `sync` returns.
 pub(crate) trait Storage: Send + Sync {
@@ -97,10 +98,11 @@ pub(crate) fn write_zeros(storage: &dyn Storage, offset: u64, len: u64) -> io::R
 
 /// Opens a file under its lock. The lock belongs to this open file, not to the process, and goes with
 /// it however the process ends.
-pub(crate) fn open(path: &Path, access: Access) -> Result<File> {
-    let file = open_any(path, access, 0)?;
-    let kind = file.metadata().map_err(|e| DiskError::io("examine", path, e))?.file_type();
-    if !kind.is_file() {
+pub(crate) fn open(path: &Path, access: Access) -> Result<DiskFile> {
+    let write = access == Access::ReadWrite;
+    let how = How { write, create: None, flags: OFlags::NONBLOCK.bits() };
+    let file = fs::open(path, how).map_err(|e| DiskError::io("open", path, e))?;
+    if !fs::is_regular(&file).map_err(|e| DiskError::io("examine", path, e))? {
         return Err(DiskError::corrupt(path, "not a regular file"));
     }
     lock(path, &file, access)?;
@@ -118,8 +120,8 @@ pub(crate) fn open_any(path: &Path, access: Access, flags: u32) -> Result<File> 
 }
 
 /// Takes the lock that `access` needs.
-pub(crate) fn lock(path: &Path, file: &File, access: Access) -> Result<()> {
-    match Storage::lock(file, access) {
+pub(crate) fn lock(path: &Path, file: &dyn Storage, access: Access) -> Result<()> {
+    match file.lock(access) {
         Ok(true) => Ok(()),
         Ok(false) => Err(DiskError::Busy { path: path.to_owned() }),
         Err(e) => Err(DiskError::io("lock", path, e)),
@@ -128,11 +130,5 @@ pub(crate) fn lock(path: &Path, file: &File, access: Access) -> Result<()> {
 
 /// Makes the creation, renaming or removal of `path` durable.
 pub(crate) fn sync_parent(path: &Path) -> Result<()> {
-    let parent = match path.parent() {
-        Some(p) if !p.as_os_str().is_empty() => p,
-        _ => Path::new("."),
-    };
-    File::open(parent)
-        .and_then(|d| d.sync_all())
-        .map_err(|e| DiskError::io("sync folder", parent, e))
+    fs::sync_folder_of(path).map_err(|e| DiskError::io("sync the folder of", path, e))
 }

@@ -339,3 +339,31 @@ fn a_cancelled_merge_leaves_an_ordinary_chain_and_goes_on_later() {
         world.check_changes();
     }
 }
+
+/// After its merge a child's map learns of no more writes. If a kill lets the chain be opened at the
+/// child again, its ids must be asked of its parent.
+#[test]
+fn i3_an_emptied_child_does_not_answer_for_what_came_after_its_merge() {
+    let mut world = World::new(90, SIZE, 1 << 20);
+    world.write_to(0..4096);
+    world.checkpoint();
+    world.write_to(MIB..MIB + 4096);
+    world.checkpoint();
+    world.merge(2);
+    // The leaf has an id of its own now, and goes the same way.
+    let child = world.leaf();
+    assert_eq!(world.sealed[1].file, child);
+    merge(world.chain(), &child);
+    world.write_to(3 * MIB..3 * MIB + 4096);
+    world.chain().flush().unwrap();
+    let copy = snapshot(world.folder.path());
+    let leaf = copy.path().join(child.file_name().unwrap());
+    for access in [Access::ReadOnly, Access::ReadWrite] {
+        let chain = Chain::open(&leaf, access).unwrap();
+        assert_same(&read_all(&chain), &world.content, "the disk, opened at the emptied child");
+        check_ids(&chain, &world.sealed, &world.content);
+    }
+    // Nor does it where the chain goes on.
+    delete_disk_files(&child).unwrap();
+    world.check_changes();
+}

@@ -1,12 +1,16 @@
 //! Tests of chains.
 
+mod crash;
 mod errors;
 mod kill;
 mod model;
+mod pages;
+mod property;
 mod threads;
 mod world;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 
@@ -17,7 +21,7 @@ type Call = dyn Fn(&Chain, &'static str) -> Result<()> + Send + Sync;
 
 /// Called at every step of a change, to look at the files, to write, or to fail.
 #[derive(Default)]
-pub(super) struct Hook(Mutex<Option<Arc<Call>>>);
+pub(super) struct Hook(Mutex<Option<Arc<Call>>>, AtomicU32);
 
 impl Hook {
     pub(super) fn call(&self, chain: &Chain, step: &'static str) -> Result<()> {
@@ -27,6 +31,15 @@ impl Hook {
 
     fn set(&self, call: impl Fn(&Chain, &'static str) -> Result<()> + Send + Sync + 'static) {
         *self.0.lock() = Some(Arc::new(call));
+    }
+
+    /// The block size of new leaves, where a test wants another.
+    pub(super) fn block_size(&self) -> Option<u32> {
+        Some(self.1.load(Ordering::Relaxed)).filter(|size| *size > 0)
+    }
+
+    fn set_block_size(&self, size: u32) {
+        self.1.store(size, Ordering::Relaxed);
     }
 
     fn clear(&self) {

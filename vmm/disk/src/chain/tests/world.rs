@@ -81,18 +81,24 @@ pub(super) struct World {
     pub(super) content: Vec<u8>,
     pub(super) sealed: Vec<Sealed>,
     pub(super) rng: Rng,
+    sector: u64,
     made: u32,
 }
 
 impl World {
     pub(super) fn new(seed: u64, size: u64, block_size: u32) -> Self {
+        Self::of(seed, &options(size, block_size))
+    }
+
+    pub(super) fn of(seed: u64, options: &CreateOptions) -> Self {
         let folder = folder();
         let base = folder.path().join("disk.vhdx");
-        Chain::create(&base, &options(size, block_size)).unwrap();
+        let (size, sector) = (options.size, options.logical_sector.into());
+        Chain::create(&base, options).unwrap();
         let chain = Chain::open(&base, Access::ReadWrite).unwrap();
         let content = vec![0; size as usize];
         let rng = Rng::new(seed);
-        Self { folder, chain: Some(chain), content, sealed: Vec::new(), rng, made: 0 }
+        Self { folder, chain: Some(chain), content, sealed: Vec::new(), rng, sector, made: 0 }
     }
 
     pub(super) fn chain(&self) -> &Chain {
@@ -112,15 +118,28 @@ impl World {
     }
 
     pub(super) fn write(&mut self) {
-        let range = self.rng.range(self.content.len() as u64, 512);
+        let range = self.rng.range(self.content.len() as u64, self.sector);
+        self.write_to(range);
+    }
+
+    pub(super) fn write_to(&mut self, range: BlockRange) {
         let data = bytes(&mut self.rng, range.end - range.start);
         self.chain().write_at(range.start, &data).unwrap();
-        self.content[range.start as usize..range.end as usize].copy_from_slice(&data);
-        self.touched(&range);
+        self.note_write(&range, &data);
+    }
+
+    /// A write that was made elsewhere.
+    pub(super) fn note_write(&mut self, range: &BlockRange, data: &[u8]) {
+        self.content[range.start as usize..range.end as usize].copy_from_slice(data);
+        self.touched(range);
     }
 
     pub(super) fn zero(&mut self) {
-        let range = self.rng.range(self.content.len() as u64, 512);
+        let range = self.rng.range(self.content.len() as u64, self.sector);
+        self.zero_at(range);
+    }
+
+    pub(super) fn zero_at(&mut self, range: BlockRange) {
         let len = range.end - range.start;
         match self.rng.below(2) {
             0 => self.chain().discard(range.start, len).unwrap(),
@@ -231,8 +250,8 @@ pub(super) fn merge(chain: &Chain, child: &Path) {
 pub(super) fn read_all(block: &dyn Block) -> Vec<u8> {
     let mut buf = vec![0xa5; block.geometry().size as usize];
     // Unaligned to blocks on purpose.
-    for (i, piece) in buf.chunks_mut(777 * 512).enumerate() {
-        block.read_at((i * 777 * 512) as u64, piece).unwrap();
+    for (i, piece) in buf.chunks_mut(97 * 4096).enumerate() {
+        block.read_at((i * 97 * 4096) as u64, piece).unwrap();
     }
     buf
 }
