@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use tidemark_disk::chain::Chain;
+use tidemark_disk::chain::{Chain, ChangedPage};
 use tidemark_disk::rct::RctId;
 use tidemark_disk::vhdx::{Access, Vhdx};
-use tidemark_disk::{Block, BlockRange, DiskError};
+use tidemark_disk::{Block, DiskError};
 use tidemark_driver::{DriverKind, MachineDisk, MachineNic, MachineSpec};
 
 use crate::config::VmConfig;
@@ -289,8 +289,14 @@ pub struct OpenCheckpointDisk {
 }
 
 impl OpenCheckpointDisk {
-    /// Ranges that may differ from `id`; `UnknownRctId` where only a full read is safe.
-    pub fn changed_since(&self, id: &RctId) -> std::result::Result<Vec<BlockRange>, DiskError> {
-        self.chain.changed_since(id)
+    /// Ranges that may differ from `id`, from `offset` on; `UnknownRctId` where only a full read is
+    /// safe. See [`Chain::changed_since_from`].
+    pub fn changed_since_from(
+        &self,
+        id: &RctId,
+        offset: u64,
+        max_ranges: usize,
+    ) -> std::result::Result<ChangedPage, DiskError> {
+        self.chain.changed_since_from(id, offset, max_ranges)
     }
 }

@@ -9,6 +9,7 @@ use tidemark_dedup::{
     DiskRoot, Manifest, PointDisk, PointFile, PointWriter, RepoError, Repository, WriteStats,
 };
 use tidemark_disk::DiskError;
+use tidemark_disk::rct::RctId;
 use tidemark_engine::{
     CheckpointPurpose, CheckpointRecord, CheckpointRequest, CheckpointType, Consistency,
     OpenCheckpointDisk, VmConfig, VmSession,
@@ -21,7 +22,7 @@ use crate::model::{
     BackupReport, BackupRequest, Events, FACTS_VERSION, PointFacts, ReadMode, TargetResult,
 };
 use crate::pipeline::{self, Piece};
-use crate::plan::{Areas, Steps, bytes_to_read, normalise};
+use crate::plan::{Areas, ChunkSet, Steps, bytes_to_read};
 use crate::point::{boot_file_name, parse_facts};
 use crate::report::{Amounts, Reporter};
 use crate::runs::{self, RunRecord};
@@ -31,6 +32,9 @@ const READERS: usize = 2;
 
 /// Largest boot file kept with a restore point; it is in memory while it is stored.
 pub(crate) const MAX_BOOT_FILE: u64 = 128 * 1024 * 1024;
+
+/// Changed ranges asked for at once.
+const CHANGES_AT_ONCE: usize = 1 << 16;
 
 /// A disk of the checkpoint and what will be read of it.
 struct PlannedDisk {
@@ -434,12 +438,28 @@ fn changed(
     if stored.root.size != size {
         return Err(format!("its size changed from {} to {size} bytes", stored.root.size));
     }
-    match open.changed_since(&sealed.rct_id) {
-        Ok(ranges) => Ok((point, stored.root.clone(), Areas::Changed(normalise(ranges, size)))),
+    match changed_chunks(open, &sealed.rct_id, size) {
+        Ok(chunks) => Ok((point, stored.root.clone(), Areas::Changed(chunks))),
         Err(DiskError::UnknownRctId { why, .. }) => Err(format!("change tracking: {why}")),
         // Whatever else is wrong with the tracking files, the disk itself may still be read.
         Err(e) => Err(format!("change tracking cannot be used: {e}")),
     }
+}
+
+/// Asked for in pages, so that memory does not grow with the number of changes.
+fn changed_chunks(
+    open: &OpenCheckpointDisk,
+    id: &RctId,
+    size: u64,
+) -> std::result::Result<ChunkSet, DiskError> {
+    let mut chunks = ChunkSet::new(size);
+    let mut next = Some(0);
+    while let Some(from) = next {
+        let page = open.changed_since_from(id, from, CHANGES_AT_ONCE)?;
+        page.ranges.iter().for_each(|range| chunks.add(range));
+        next = page.next;
+    }
+    Ok(chunks)
 }
 
 fn read_boot_file(path: &Path) -> Result<Vec<u8>> {

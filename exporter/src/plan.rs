@@ -5,9 +5,13 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use tidemark_dedup::CHUNK;
-use tidemark_disk::{Block, BlockRange, ExtentKind};
+use tidemark_disk::{Block, ExtentKind};
 
 use crate::error::Result;
+
+mod chunks;
+
+pub(crate) use chunks::ChunkSet;
 
 /// Extents are asked for in windows of this size: at worst (every other sector written) one answer
 /// has half a million entries, and a hole of 1 TiB takes four thousand questions.
@@ -30,35 +34,12 @@ pub(crate) enum Step {
 pub(crate) enum Areas {
     /// All of it, over nothing: zeros need no step.
     Whole,
-    /// Only these, over a base: zeros must be told. Made by [`normalise`].
-    Changed(Vec<BlockRange>),
-}
-
-/// Sorts, aligns to chunks, clips to the disk and joins ranges, in place: tracking promises all that,
-/// but a promise broken here would be a lost block.
-pub(crate) fn normalise(mut ranges: Vec<BlockRange>, size: u64) -> Vec<BlockRange> {
-    ranges.retain(|r| r.start < r.end && r.start < size);
-    for range in &mut ranges {
-        *range = align_down(range.start)..align_up(range.end, size);
-    }
-    ranges.sort_unstable_by_key(|r| r.start);
-    ranges.dedup_by(|next, kept| {
-        let joins = next.start <= kept.end;
-        if joins {
-            kept.end = kept.end.max(next.end);
-        }
-        joins
-    });
-    ranges
+    /// Only these, over a base: zeros must be told.
+    Changed(ChunkSet),
 }
 
 fn align_down(offset: u64) -> u64 {
     offset / CHUNK * CHUNK
-}
-
-/// Up to a chunk's end, or to the disk's.
-fn align_up(offset: u64, size: u64) -> u64 {
-    offset.checked_next_multiple_of(CHUNK).map_or(size, |end| end.min(size))
 }
 
 /// The steps of a disk, found window by window.
@@ -66,8 +47,7 @@ pub(crate) struct Steps<'a> {
     disk: &'a dyn Block,
     size: u64,
     areas: &'a Areas,
-    /// Index of the next area and where to go on in it.
-    area: usize,
+    /// Where to go on.
     at: u64,
     ready: VecDeque<Step>,
     failed: bool,
@@ -76,23 +56,19 @@ pub(crate) struct Steps<'a> {
 impl<'a> Steps<'a> {
     pub(crate) fn new(disk: &'a dyn Block, areas: &'a Areas) -> Self {
         let size = disk.geometry().size;
-        Self { disk, size, areas, area: 0, at: 0, ready: VecDeque::new(), failed: false }
+        Self { disk, size, areas, at: 0, ready: VecDeque::new(), failed: false }
     }
 
     /// The next window that lies in an area; its ends are chunk aligned or the disk's end.
     fn next_window(&mut self) -> Option<Range<u64>> {
-        let area = match self.areas {
-            Areas::Whole if self.area == 0 => 0..self.size,
-            Areas::Whole => return None,
-            Areas::Changed(ranges) => ranges.get(self.area)?.clone(),
+        let window = match self.areas {
+            Areas::Whole if self.at >= self.size => return None,
+            Areas::Whole => self.at..self.size.min((self.at / WINDOW + 1) * WINDOW),
+            Areas::Changed(chunks) => chunks.next_run(self.at)?,
         };
-        let start = self.at.max(area.start);
-        let end = area.end.min((start / WINDOW + 1) * WINDOW);
-        if end == area.end {
-            self.area += 1;
-        }
-        self.at = end;
-        Some(start..end)
+        // A run that ends with the disk may end within a chunk.
+        self.at = window.end.checked_next_multiple_of(CHUNK)?;
+        Some(window)
     }
 
     fn plan(&mut self, window: Range<u64>) -> Result<()> {

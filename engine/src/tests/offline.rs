@@ -59,7 +59,7 @@ fn changes_can_be_asked_for_since_a_checkpoint_that_is_gone() {
     write(&session, "disk0", 3 << 20, &[2; 4096]);
     let second = take(&mut session, "second");
     let open = session.open_checkpoint(second.id).unwrap();
-    let changed = open[0].changed_since(&first.disks[0].rct_id).unwrap();
+    let changed = open[0].chain.changed_since(&first.disks[0].rct_id).unwrap();
     let granule = 3 << 20..(3 << 20) + 65536;
     assert_eq!(changed, vec![granule]);
 }

@@ -6,6 +6,17 @@ fn reads(disk: &FakeDisk, areas: &Areas) -> Vec<Step> {
     Steps::new(disk, areas).map(|s| s.unwrap()).collect()
 }
 
+fn chunks(ranges: &[Range<u64>], size: u64) -> ChunkSet {
+    let mut set = ChunkSet::new(size);
+    ranges.iter().for_each(|range| set.add(range));
+    set
+}
+
+fn runs(chunks: &ChunkSet) -> Vec<Range<u64>> {
+    let from = |at: u64| chunks.next_run(at);
+    std::iter::successors(from(0), |run| from(run.end.next_multiple_of(CHUNK))).collect()
+}
+
 fn covered(steps: &[Step]) -> Vec<Range<u64>> {
     let mut out: Vec<Range<u64>> = Vec::new();
     for step in steps {
@@ -29,8 +40,22 @@ fn ranges_from_tracking_are_sorted_joined_and_clipped() {
         20 * CHUNK..21 * CHUNK,
         0..1,
     ];
-    assert_eq!(normalise(wild, size), [0..3 * CHUNK, 9 * CHUNK..size]);
-    assert!(normalise(vec![], size).is_empty());
+    assert_eq!(runs(&chunks(&wild, size)), [0..3 * CHUNK, 9 * CHUNK..size]);
+    assert!(runs(&ChunkSet::new(size)).is_empty());
+}
+
+#[test]
+fn chunks_are_found_across_words_and_windows() {
+    let size = 3 * WINDOW + CHUNK;
+    let ranges = [0..CHUNK, 62 * CHUNK..66 * CHUNK, WINDOW - CHUNK..WINDOW + CHUNK, size - 1..size];
+    let found = [
+        0..CHUNK,
+        62 * CHUNK..66 * CHUNK,
+        WINDOW - CHUNK..WINDOW,
+        WINDOW..WINDOW + CHUNK,
+        3 * WINDOW..size,
+    ];
+    assert_eq!(runs(&chunks(&ranges, size)), found);
 }
 
 #[test]
@@ -53,8 +78,8 @@ fn an_incremental_read_covers_its_areas_exactly_and_tells_zeros() {
     let disk = FakeDisk::sparse(size);
     disk.extent(0, 10 * CHUNK, ExtentKind::Data);
     disk.extent(40 * CHUNK, 512, ExtentKind::Zero);
-    let changed = normalise(vec![8 * CHUNK..12 * CHUNK, 39 * CHUNK..size], size);
-    let steps = reads(&disk, &Areas::Changed(changed.clone()));
+    let changed = chunks(&[8 * CHUNK..12 * CHUNK, 39 * CHUNK..size], size);
+    let steps = reads(&disk, &Areas::Changed(changed));
     assert_eq!(
         steps,
         [
@@ -63,7 +88,7 @@ fn an_incremental_read_covers_its_areas_exactly_and_tells_zeros() {
             Step::Zero(39 * CHUNK..size),
         ]
     );
-    assert_eq!(covered(&steps), changed);
+    assert_eq!(covered(&steps), [8 * CHUNK..12 * CHUNK, 39 * CHUNK..size]);
 }
 
 #[test]
