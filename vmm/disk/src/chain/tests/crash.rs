@@ -70,16 +70,16 @@ fn survive(fault: Fault, depth: Depth) -> Tally {
 
 #[test]
 fn i3_i5_a_chain_survives_a_crash_after_any_event() {
-    let depth = Depth { samples: 5, stride: if *EFFORT > 1 { 1 } else { 7 } };
+    let depth = Depth { samples: 5, stride: if *EFFORT > 1 { 1 } else { 7 }, kills: 12 };
     let mut tally = survive(NONE, depth);
-    tally.add(survive(Fault { live: Life::fold, ..NONE }, depth));
+    tally.add(survive(Fault { live: Life::fold_leaves, ..NONE }, depth));
     println!("{} states, {} of them sampled subsets", tally.states, tally.sampled);
     assert!(tally.sampled >= 10_000, "only {} subsets", tally.sampled);
 }
 
 /// What the search says of a fault.
 fn found(fault: Fault) -> String {
-    let depth = Depth { samples: 0, stride: 3 };
+    let depth = Depth { samples: 0, stride: 3, kills: 30 };
     let seeds = SEEDS.start..SEEDS.start + 12;
     let said = seeds.into_iter().find_map(|seed| lives(seed, fault, depth).err());
     said.expect("the crashes do not show it")
@@ -105,13 +105,14 @@ rules_are_needed! {
     mark_what_is_copied_is_needed: broken(Rule::MarkWhatIsCopied);
     sync_before_release_is_needed: broken(Rule::SyncBeforeRelease);
     mirror_what_is_copied_is_needed: broken(Rule::MirrorWhatIsCopied);
-    track_in_child_is_needed: broken(Rule::TrackInChild);
+    track_in_child_is_needed: Fault { live: Life::fold_leaves, ..broken(Rule::TrackInChild) };
     track_in_parent_is_needed: broken(Rule::TrackInParent);
     flush_every_file_is_needed: broken(Rule::FlushEveryFile);
-    adopt_before_forget_is_needed: Fault { live: Life::fold, ..broken(Rule::AdoptBeforeForget) };
-    forget_before_parent_alone_is_needed: Fault { live: Life::fold, ..broken(Rule::ForgetBeforeParentAlone) };
+    adopt_before_forget_is_needed: Fault { live: Life::fold_leaves, ..broken(Rule::AdoptBeforeForget) };
+    forget_before_parent_alone_is_needed: Fault { live: Life::fold_leaves, ..broken(Rule::ForgetBeforeParentAlone) };
     sync_what_was_found_is_needed: broken(Rule::SyncWhatWasFound);
-    repoint_before_leave_is_needed: broken(Rule::RepointBeforeLeave);
+    repoint_before_leave_is_needed:
+        Fault { live: Life::fold_middles, ..broken(Rule::RepointBeforeLeave) };
     settling_before_the_id_is_told_is_needed: Fault { caller: Caller::TellsEarly, ..NONE };
     recording_before_deletion_is_needed: Fault { caller: Caller::DeletesEarly, ..NONE };
     folder_syncs_are_needed: Fault { honest: |e| !matches!(e, Event::SyncFolder), ..NONE };

@@ -235,9 +235,18 @@ impl Life {
         self.close()
     }
 
-    /// Two checkpoints, folded back one after the other: the second merge is of a leaf with an id.
-    /// After each merge guests go where nobody has been.
-    pub(super) fn fold(&mut self) -> Result<()> {
+    /// Two checkpoints, folded back one after the other, from the leaf down: the second merge is of a
+    /// leaf with an id. After each merge guests go where nobody has been.
+    pub(super) fn fold_leaves(&mut self) -> Result<()> {
+        self.fold(|files| files - 1)
+    }
+
+    /// The same from the base up.
+    pub(super) fn fold_middles(&mut self) -> Result<()> {
+        self.fold(|_| 1)
+    }
+
+    fn fold(&mut self, index: fn(u64) -> u64) -> Result<()> {
         let middle = RUNS.len() / 2;
         self.model.lock().runs = 0..middle;
         for _ in 0..2 {
@@ -246,7 +255,7 @@ impl Life {
         }
         while self.chain().files().len() > 1 {
             self.act()?;
-            self.merge(self.chain().files().len() as u64 - 1)?;
+            self.merge(index(self.chain().files().len() as u64))?;
             let mut model = self.model.lock();
             model.runs.end = RUNS.len().min(model.runs.end + 2);
         }

@@ -21,6 +21,8 @@ pub(super) struct Depth {
     pub(super) samples: u64,
     /// Looks at every so many events.
     pub(super) stride: usize,
+    /// At one in so many events a kill, and power cuts during the recovery from it.
+    pub(super) kills: u64,
 }
 
 /// What was looked at.
@@ -105,7 +107,7 @@ impl<'a> Explorer<'a> {
                 self.survivor = Some((at, state));
             }
         }
-        match self.rng.below(12) {
+        match self.rng.below(depth.kills) {
             0 => self.crash_recovery(at).map_err(|e| format!("killed, then {e}")),
             _ => Ok(()),
         }
