@@ -40,12 +40,12 @@ static EFFORT: LazyLock<u64> = LazyLock::new(|| {
     std::env::var("TIDEMARK_CRASH").ok().and_then(|v| v.parse().ok()).unwrap_or(1)
 });
 
-/// Some lives of one disk, each but the first from a state that a crash of the one before left.
+/// The lives of one disk.
 fn lives(seed: u64, fault: Fault, depth: Depth) -> Result<Tally, String> {
     let failed = |life: u32| move |e: crate::DiskError| format!("seed {seed}, life {life}: {e}");
     let mut total = Tally::default();
     let mut life = Life::begin(seed, fault.broken, fault.caller).map_err(failed(0))?;
-    for number in 0..3 {
+    for number in 0..depth.lives {
         (fault.live)(&mut life).map_err(failed(number))?;
         let model = life.model.lock();
         let mut explorer = Explorer::new(&life, &model, seed, fault.honest);
@@ -70,17 +70,17 @@ fn survive(fault: Fault, depth: Depth) -> Tally {
 
 #[test]
 fn i3_i5_a_chain_survives_a_crash_after_any_event() {
-    let depth = Depth { samples: 5, stride: if *EFFORT > 1 { 1 } else { 7 }, kills: 12 };
+    let depth = Depth { lives: 3, samples: 5, stride: if *EFFORT > 1 { 1 } else { 9 }, kills: 14 };
     let mut tally = survive(NONE, depth);
     tally.add(survive(Fault { live: Life::fold_leaves, ..NONE }, depth));
     println!("{} states, {} of them sampled subsets", tally.states, tally.sampled);
     assert!(tally.sampled >= 10_000, "only {} subsets", tally.sampled);
 }
 
-/// What the search says of a fault.
+/// What the search says of a fault, in many short lives.
 fn found(fault: Fault) -> String {
-    let depth = Depth { samples: 0, stride: 3, kills: 30 };
-    let seeds = SEEDS.start..SEEDS.start + 12;
+    let depth = Depth { lives: 1, samples: 0, stride: 6, kills: 40 };
+    let seeds = SEEDS.start..SEEDS.start + 60;
     let said = seeds.into_iter().find_map(|seed| lives(seed, fault, depth).err());
     said.expect("the crashes do not show it")
 }

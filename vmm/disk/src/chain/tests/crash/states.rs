@@ -17,9 +17,11 @@ use crate::vhdx::Access;
 /// How thoroughly a life is looked at.
 #[derive(Clone, Copy)]
 pub(super) struct Depth {
+    /// Lives of one disk, each but the first from a state that a crash of the one before left.
+    pub(super) lives: u32,
     /// Random subsets of the unsynced writes per event.
     pub(super) samples: u64,
-    /// Looks at every so many events.
+    /// Looks at every so many events, and where most is at stake.
     pub(super) stride: usize,
     /// At one in so many events a kill, and power cuts during the recovery from it.
     pub(super) kills: u64,
@@ -78,7 +80,7 @@ impl<'a> Explorer<'a> {
     pub(super) fn all(&mut self, depth: Depth) -> Result<(), String> {
         loop {
             let at = self.walk.at();
-            if at >= self.life.born && at.is_multiple_of(depth.stride) {
+            if at >= self.life.born && (at.is_multiple_of(depth.stride) || self.at_stake(at)) {
                 self.crash_here(depth)
                     .map_err(|e| format!("crash at {at}, after {}: {e}", self.walk.describe()))?;
             }
@@ -87,6 +89,12 @@ impl<'a> Explorer<'a> {
             }
             self.walk.pass(self.honest);
         }
+    }
+
+    /// Whether a flush has just ended, or another file is about to be opened after a crash.
+    fn at_stake(&self, at: usize) -> bool {
+        self.model.flushes.iter().any(|(end, _)| *end == at)
+            || self.model.leaves.iter().any(|(from, _)| *from == at + 1)
     }
 
     fn crash_here(&mut self, depth: Depth) -> Result<(), String> {
