@@ -133,23 +133,34 @@ impl<'a> Explorer<'a> {
         let flushed = killed.len();
         drop(chain);
         let mut walk = self.walk.clone().continued(&killed);
-        loop {
-            for way in [1, 2, 4, 5] {
-                let state = fates(&walk, way, &mut self.rng);
-                self.tally.states += 1;
-                self.tally.sampled += u64::from(way >= 4);
-                let left = self.check(&state, at, 63);
-                let lost = |left: &Vec<Value>| walk.at() >= flushed && *left != found;
-                let failed = |e| format!("crash at {}, way {way}: {e}", walk.at());
-                if lost(&left.map_err(failed)?) {
-                    return Err(failed("a flush after the kill was not enough".to_owned()));
-                }
-            }
-            if walk.ended() {
-                return Ok(());
-            }
+        while !walk.ended() {
             walk.pass(self.honest);
+            let stays = walk.at() >= flushed;
+            if walk.at() == flushed || self.rng.below(6) == 0 {
+                self.cut(&walk, at, stays.then_some(&found))
+                    .map_err(|e| format!("crash at {}: {e}", walk.at()))?;
+            }
         }
+        Ok(())
+    }
+
+    /// The power fails in the middle of a recovery, or after it: then `flushed` is there.
+    fn cut(
+        &mut self,
+        walk: &Crashes,
+        at: usize,
+        flushed: Option<&Vec<Value>>,
+    ) -> Result<(), String> {
+        for way in [1, 2, 4, 5] {
+            let state = fates(walk, way, &mut self.rng);
+            self.tally.states += 1;
+            self.tally.sampled += u64::from(way >= 4);
+            let left = self.check(&state, at, 63).map_err(|e| format!("way {way}: {e}"))?;
+            if flushed.is_some_and(|flushed| *flushed != left) {
+                return Err(format!("way {way}: a flush after the kill was not enough"));
+            }
+        }
+        Ok(())
     }
 
     /// After the death of the process alone guests run on: all that was acknowledged is there.
