@@ -388,6 +388,7 @@ fn claim(layout: &mut Layout, index: usize) -> Result<()> {
     let (path, before) = (node.path().to_owned(), node.properties());
     let (files, leaf) = (layout.files(), layout.leaf()?.properties());
     // Our own shared lock would be in the way.
+    node.wait_for_flushes();
     drop(layout.nodes.remove(index));
     let (opened, refused) = match Vhdx::open(&path, Access::ReadWrite) {
         Ok(vhdx) => (Ok(Node::new(vhdx, Access::ReadWrite)), None),

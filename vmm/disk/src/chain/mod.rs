@@ -102,6 +102,9 @@ pub struct Chain {
     rules: Rules,
     #[cfg(test)]
     hook: tests::Hook,
+    /// Called between the first and the second half of a flush.
+    #[cfg(test)]
+    flushing: tests::Hook,
 }
 
 /// The files of a chain and what happens to them.
@@ -185,6 +188,8 @@ impl Chain {
             rules: Rules::of(leaf),
             #[cfg(test)]
             hook: tests::Hook::default(),
+            #[cfg(test)]
+            flushing: tests::Hook::default(),
         })
     }
 
@@ -248,7 +253,9 @@ impl Chain {
             layout.nodes.clear();
             return Ok(());
         }
-        layout.nodes.iter().try_for_each(Node::flush)?;
+        for file in layout.nodes.iter().filter_map(Node::unflushed) {
+            node::flush(&file)?;
+        }
         if let Some(node) = self.prepared.lock().take() {
             node.retire();
             node.settle()?;
@@ -259,6 +266,7 @@ impl Chain {
         }
         let (files, properties) = (layout.files(), layout.leaf()?.properties());
         layout.end("the disk is closed".to_owned(), files, properties);
+        layout.nodes.iter().for_each(Node::wait_for_flushes);
         layout.nodes.clear();
         Ok(())
     }

@@ -162,7 +162,9 @@ impl Chain {
             self.step("merge:copied")?;
             // Guests go on meanwhile.
             if self.rules.obey(Rule::SyncBeforeRelease) {
-                job.parent(&self.enter()?.layout)?.vhdx.flush()?;
+                // Not under a request: a pause need not wait for it.
+                let parent = job.parent(&self.enter()?.layout)?.vhdx.clone();
+                parent.flush()?;
             }
             self.step("merge:flushed")?;
             if self.release(job, batch)? {
@@ -240,16 +242,19 @@ impl Chain {
     fn release(&self, job: Job, batch: &[u64]) -> Result<bool> {
         let request = self.enter()?;
         let child = job.child(&request.layout)?;
-        let merge = request.layout.merge.as_ref();
-        let stripes = merge.map(|m| m.stripes(batch)).unwrap_or_default();
+        let Some(merge) = &request.layout.merge else {
+            // Nobody writes to this file: a pause need not wait for the syncs.
+            let child = child.vhdx.clone();
+            drop(request);
+            return child.release_blocks(batch).map(|()| true);
+        };
+        let stripes = merge.stripes(batch);
         let _held: Vec<_> = stripes.iter().map(|s| s.write()).collect();
-        if merge.is_some_and(super::merge::LeafMerge::take_spoiled) {
+        if merge.take_spoiled() {
             return Ok(false);
         }
         child.vhdx.release_blocks(batch)?;
-        if let Some(merge) = merge {
-            merge.set_copied(0..0);
-        }
+        merge.set_copied(0..0);
         Ok(true)
     }
 

@@ -2,8 +2,9 @@
 
 use std::ffi::OsStr;
 use std::path::Path;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -29,8 +30,12 @@ enum Tracking {
 }
 
 /// One file of an open chain.
+/// How long a file that leaves the chain is waited for while a flush still has it.
+const LAST_FLUSH: Duration = Duration::from_secs(10);
+
 pub(super) struct Node {
-    pub(super) vhdx: Vhdx,
+    /// Shared with flushes that began before the file left the chain.
+    pub(super) vhdx: Arc<Vhdx>,
     pub(super) size: u64,
     pub(super) block_size: u64,
     tracking: Tracking,
@@ -73,7 +78,7 @@ impl Node {
         Self {
             size: properties.geometry.size,
             block_size: u64::from(properties.block_size),
-            vhdx,
+            vhdx: Arc::new(vhdx),
             tracking: Tracking::Asked(OnceLock::new()),
             tracking_closed: AtomicBool::new(false),
             state: AtomicU8::new(state),
@@ -205,16 +210,17 @@ impl Node {
         let _ = self.state.compare_exchange(LIVE, RETIRED, Ordering::AcqRel, Ordering::Acquire);
     }
 
-    /// Makes writes durable, also those to a file that is no longer written but not settled yet.
-    pub(super) fn flush(&self) -> Result<()> {
-        match self.state.load(Ordering::Acquire) {
-            FROZEN => Ok(()),
-            LIVE => self.vhdx.flush(),
-            _ => match self.vhdx.flush() {
-                // Settled in this moment, and so flushed.
-                Err(DiskError::ReadOnly { .. }) => Ok(()),
-                other => other,
-            },
+    /// The file, for [`flush`], if it may hold writes that are not durable.
+    pub(super) fn unflushed(&self) -> Option<Arc<Vhdx>> {
+        self.is_claimed().then(|| self.vhdx.clone())
+    }
+
+    /// Waits until nobody else has the file, so that dropping this node lets go of its lock. Nobody
+    /// new comes: the caller holds a pause.
+    pub(super) fn wait_for_flushes(&self) {
+        let end = Instant::now() + LAST_FLUSH;
+        while Arc::strong_count(&self.vhdx) > 1 && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -236,5 +242,14 @@ impl Node {
         self.vhdx.freeze()?;
         self.state.store(FROZEN, Ordering::Release);
         Ok(())
+    }
+}
+
+/// Makes writes durable, also those to a file that is no longer written but not settled yet.
+pub(super) fn flush(vhdx: &Vhdx) -> Result<()> {
+    match vhdx.flush() {
+        // Settled meanwhile, and so flushed.
+        Err(DiskError::ReadOnly { .. }) => Ok(()),
+        other => other,
     }
 }

@@ -225,3 +225,35 @@ fn pause_of_a_switch_under_full_write_load() {
         pauses[50], pauses[98], drains[50], drains[98], merges[50], merges[99]
     );
 }
+
+/// A guest's sync may take long; the pause of a checkpoint must not wait for it. What was acknowledged
+/// before is durable when the sync returns, wherever the chain has gone meanwhile.
+#[test]
+fn a_pause_does_not_wait_for_a_flush() {
+    let folder = folder();
+    let (base, leaf) = (folder.path().join("disk.vhdx"), folder.path().join("disk_1.avhdx"));
+    Chain::create(&base, &options(SIZE, 1 << 20)).unwrap();
+    let chain = Chain::open(&base, Access::ReadWrite).unwrap();
+    chain.write_at(0, &[1; 4096]).unwrap();
+    chain.prepare_leaf(&leaf).unwrap();
+    let (began, wait_for_begin) = std::sync::mpsc::channel();
+    let (go_on, wait_for_end) = std::sync::mpsc::channel();
+    let ends = parking_lot::Mutex::new(wait_for_end);
+    chain.flushing.set(move |_, _| {
+        began.send(()).unwrap();
+        ends.lock().recv().unwrap();
+        Ok(())
+    });
+    std::thread::scope(|scope| {
+        let flush = scope.spawn(|| chain.flush());
+        wait_for_begin.recv().unwrap();
+        let id = chain.switch_leaf(&chain.pause(), &leaf).unwrap();
+        chain.write_at(4096, &[2; 4096]).unwrap();
+        chain.settle().unwrap();
+        go_on.send(()).unwrap();
+        flush.join().unwrap().unwrap();
+        assert_eq!(chain.changed_since(&id).unwrap().len(), 1);
+    });
+    chain.flushing.clear();
+    chain.close().unwrap();
+}
