@@ -168,7 +168,8 @@ fn life_and_death(vm: &Vm, model: &mut Model, seed: u64) -> Stage {
     let mut stage = Stage::Preparing;
     let mut seal = None;
     model.writes.store(0, Ordering::Relaxed);
-    let (writes, death) = (model.writes.clone(), random.below(120));
+    // Not before the first write: whoever starts an owner waits for its first answer.
+    let (writes, death) = (model.writes.clone(), 1 + random.below(120));
     let delay = Duration::from_micros(random.below(4000));
     std::thread::scope(|scope| {
         scope.spawn(|| {
