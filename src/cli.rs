@@ -1,10 +1,14 @@
 //! The command line: what can be asked. Every command has `--json`.
 
+mod disk;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
+
+pub(crate) use disk::{ConvertFormat, DiskCommand, FileArgs};
 
 /// Backup and export of virtual machines, built on checkpoints.
 #[derive(Debug, Parser)]
@@ -421,80 +425,6 @@ pub(crate) enum RestoreCommand {
 pub(crate) enum OutFormat {
     /// Dynamic VHDX
     Vhdx,
-    /// Raw, sparse
-    Raw,
-}
-
-/// `tidemark disk …`
-#[derive(Debug, Subcommand)]
-pub(crate) enum DiskCommand {
-    /// Show what a VHDX file is
-    Info {
-        /// The file
-        file: PathBuf,
-    },
-    /// Check a VHDX file's structure; read-only
-    Check {
-        /// The file
-        file: PathBuf,
-    },
-    /// Create an empty VHDX file
-    Create {
-        /// The file; must not exist
-        file: PathBuf,
-        /// Virtual size, such as 20G
-        #[arg(long, value_parser = size)]
-        size: u64,
-        /// Block size, 1M to 256M, a power of two
-        #[arg(long, value_parser = size)]
-        block_size: Option<u64>,
-        /// Logical sector size: 512 or 4096
-        #[arg(long, default_value_t = 512)]
-        sector: u32,
-        /// Allocate everything at once
-        #[arg(long)]
-        fixed: bool,
-    },
-    /// Convert a raw or VHDX file (with its chain) to another format
-    Convert {
-        /// The source
-        from: PathBuf,
-        /// The file to write; must not exist
-        to: PathBuf,
-        /// Format of the new file
-        #[arg(long, value_enum, default_value_t = ConvertFormat::Dynamic)]
-        format: ConvertFormat,
-    },
-    /// List the ranges of a VHDX file's chain that hold data
-    Map {
-        /// The file
-        file: PathBuf,
-    },
-    /// Serve an offline VM's disk over NBD, with change tracking, until Ctrl-C
-    #[command(
-        after_help = "Any NBD client can then write to it, and the next backup sees what it wrote:\n  nbdcopy image.raw 'nbd+unix:///?socket=/run/d.sock'"
-    )]
-    Serve {
-        /// The VM
-        vm: String,
-        /// Disk name
-        disk: String,
-        /// Unix socket to listen on
-        #[arg(long, value_name = "PATH")]
-        socket: PathBuf,
-        /// Refuse writes
-        #[arg(long)]
-        read_only: bool,
-    },
-}
-
-/// Formats of converted disks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum ConvertFormat {
-    /// Dynamic VHDX
-    Dynamic,
-    /// Fixed VHDX
-    Fixed,
     /// Raw, sparse
     Raw,
 }

@@ -45,6 +45,7 @@ mod io;
 mod merge;
 mod mover;
 mod node;
+mod offline;
 mod open;
 mod rules;
 mod switch;
@@ -66,6 +67,9 @@ use rules::Rules;
 
 pub use changes::ChangedPage;
 pub use files::delete_disk_files;
+pub use offline::{
+    Forked, MergeDown, Resized, compact, fork, merge_down, resize, set_disk_id, set_parent,
+};
 #[cfg(test)]
 pub(crate) use rules::Rule;
 
@@ -165,7 +169,14 @@ impl Chain {
     /// exclusively and opens its tracking; the parents are shared read-only. A file with a child that
     /// holds data is not opened for writing.
     pub fn open(leaf: &Path, access: Access) -> Result<Self> {
-        let mut nodes = open::open_nodes(leaf, access)?;
+        Self::open_among(leaf, access, &[])
+    }
+
+    /// Like [`Chain::open`], for a leaf whose parents may lie elsewhere, as those of a fork do: a file
+    /// that is not in its child's folder is looked for in `folders`, by its base name. A path that a
+    /// file names is never followed.
+    pub fn open_among(leaf: &Path, access: Access, folders: &[PathBuf]) -> Result<Self> {
+        let mut nodes = open::open_nodes_among(leaf, access, folders)?;
         let mut continuity = Continuity::Kept;
         if access == Access::ReadWrite {
             continuity = open_for_writing(&mut nodes)?;
@@ -320,14 +331,11 @@ fn open_for_writing(nodes: &mut [Node]) -> Result<Continuity> {
     let Some((leaf, below)) = nodes.split_last_mut() else { return Ok(Continuity::Kept) };
     let properties = leaf.properties();
     open::refuse_to_orphan(leaf.path(), properties.data_write_guid)?;
-    // A merge that was cut short: the one GUID that counts is the parent's present one. Killed
-    // before: found again; after: an ordinary child.
-    if let (Some(mut locator), Some(parent)) = (properties.parent, below.last())
-        && locator.linkage2.is_some()
-    {
-        locator.linkage = parent.properties().data_write_guid;
-        locator.linkage2 = None;
-        leaf.vhdx.set_parent(&locator)?;
+    if let (Some(found), Some(parent)) = (properties.parent, below.last()) {
+        let fresh = open::refreshed(&found, leaf.path(), parent);
+        if fresh != found {
+            leaf.vhdx.set_parent(&fresh)?;
+        }
     }
     // A pair made anew must not mark writes with an epoch that an id further down already ended.
     let below_epoch = below.iter().filter_map(|n| n.tracker().ok()).map(|t| t.epoch()).max();

@@ -10,7 +10,7 @@ use super::node::Node;
 use super::rules::{Rule, Rules};
 use crate::error::{DiskError, Result};
 use crate::fs;
-use crate::vhdx::{Access, BlockState, Kind, ParentLocator, Properties, Vhdx};
+use crate::vhdx::{Access, BlockState, Kind, ParentLink, ParentLocator, Properties, Vhdx, create};
 
 /// Files a chain may have: Hyper-V allows 50 checkpoints, and a loop must end somewhere.
 pub(super) const MAX_FILES: usize = 64;
@@ -25,9 +25,17 @@ pub(super) fn folder_of(path: &Path) -> PathBuf {
 
 /// Opens the files from base to leaf. Only the leaf is opened with `access`; parents are shared.
 pub(super) fn open_nodes(leaf: &Path, access: Access) -> Result<Vec<Node>> {
-    let folder = folder_of(leaf);
-    let mut seen: HashSet<OsString> = leaf.file_name().map(ToOwned::to_owned).into_iter().collect();
+    open_nodes_among(leaf, access, &[])
+}
+
+/// Like [`open_nodes`]; parents that are not in their child's folder are looked for in `folders`.
+pub(super) fn open_nodes_among(
+    leaf: &Path,
+    access: Access,
+    folders: &[PathBuf],
+) -> Result<Vec<Node>> {
     let mut nodes = vec![Node::new(Vhdx::open(leaf, access)?, access)];
+    let mut seen = HashSet::from([folder_of(leaf).join(leaf.file_name().unwrap_or_default())]);
     while let Some(child) = nodes.last() {
         let properties = child.properties();
         let Some(locator) = locator_of(child.path(), &properties)? else { break };
@@ -35,7 +43,9 @@ pub(super) fn open_nodes(leaf: &Path, access: Access) -> Result<Vec<Node>> {
             let what = format!("its chain has more than {MAX_FILES} files");
             return Err(DiskError::corrupt(leaf, what));
         }
-        let parent = open_parent(&folder, child.path(), &properties, &locator, &mut seen)?;
+        let mut places = vec![folder_of(child.path())];
+        places.extend_from_slice(folders);
+        let parent = open_parent(&places, child.path(), &properties, &locator, &mut seen)?;
         nodes.push(if access == Access::ReadWrite { settled(parent)? } else { parent });
     }
     if access == Access::ReadWrite && Rules::of(leaf).obey(Rule::SyncWhatWasFound) {
@@ -62,7 +72,7 @@ pub(super) fn names_of(locator: &ParentLocator) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
     let paths = [&locator.relative_path, &locator.volume_path, &locator.absolute_path];
     for path in paths.into_iter().flatten() {
-        let name = path.rsplit(['\\', '/']).next().unwrap_or_default();
+        let name = last_part(path);
         let usable = !matches!(name, "" | "." | "..") && name.len() <= 255 && !name.contains('\0');
         if usable && !names.iter().any(|n| n == name) {
             names.push(name.to_owned());
@@ -77,16 +87,54 @@ pub(super) fn accepts(locator: &ParentLocator, parent: Uuid) -> bool {
     parent == locator.linkage || locator.linkage2 == Some(parent)
 }
 
+/// What a child should say of the parent it was opened with. A merge that was cut short: the one GUID
+/// that counts is the parent's present one. Paths that no longer lead to the parent, for it was renamed
+/// or moved together with the child, are brought up to date, as the format demands; those that do are
+/// left as their writer made them. Written in one log entry: a kill leaves the one or the other, and
+/// both name the parent.
+pub(super) fn refreshed(found: &ParentLocator, child: &Path, parent: &Node) -> ParentLocator {
+    let guid = parent.properties().data_write_guid;
+    let mut fresh = found.clone();
+    if fresh.linkage2.take().is_some() {
+        fresh.linkage = guid;
+    }
+    let link = ParentLink { path: parent.path().to_owned(), data_write_guid: guid };
+    // A folder whose name no locator can hold: what is there was good enough to find it.
+    let Ok(now) = create::locator(child, &link) else { return fresh };
+    let leads_there = |path: &Option<String>| {
+        let last = path.as_deref().map(last_part);
+        last.is_some() && last == parent.name().to_str()
+    };
+    // A name alone means the same as one with `.\` before it.
+    let relative = found.relative_path.as_deref().map(|p| p.strip_prefix(".\\").unwrap_or(p));
+    if relative != now.relative_path.as_deref().map(|p| p.strip_prefix(".\\").unwrap_or(p)) {
+        fresh.relative_path = now.relative_path;
+    }
+    if !leads_there(&found.absolute_path) {
+        fresh.absolute_path = now.absolute_path;
+    }
+    if !leads_there(&found.volume_path) {
+        fresh.volume_path = None;
+    }
+    fresh
+}
+
+/// The file name in a path of a locator.
+fn last_part(path: &str) -> &str {
+    path.rsplit(['\\', '/']).next().unwrap_or_default()
+}
+
 fn open_parent(
-    folder: &Path,
+    folders: &[PathBuf],
     child: &Path,
     of: &Properties,
     locator: &ParentLocator,
-    seen: &mut HashSet<OsString>,
+    seen: &mut HashSet<PathBuf>,
 ) -> Result<Node> {
     let names = names_of(locator);
     let mut refused = None;
-    for name in &names {
+    let places = folders.iter().flat_map(|folder| names.iter().map(move |n| (folder, n)));
+    for (folder, name) in places {
         let path = folder.join(name);
         // A link could lead out of the folder; `Vhdx::open` refuses what else is not a file.
         match fs::is_file(&path) {
@@ -95,7 +143,7 @@ fn open_parent(
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
             Err(e) => return Err(DiskError::io("examine", &path, e)),
         }
-        if !seen.insert(name.into()) {
+        if !seen.insert(path.clone()) {
             let what = format!("its parents form a loop at {}", name.escape_debug());
             return Err(DiskError::corrupt(child, what));
         }
@@ -133,7 +181,8 @@ fn sync_found(nodes: &[Node]) -> Result<()> {
     fs::sync_folder_of(leaf.path()).map_err(|e| DiskError::io("sync the folder of", leaf.path(), e))
 }
 
-fn check_parent(
+/// Whether a file can be a child's parent.
+pub(super) fn check_parent(
     child: &Path,
     of: &Properties,
     locator: &ParentLocator,

@@ -28,11 +28,13 @@ mod layout;
 mod map;
 mod media;
 mod pair;
+mod resize;
 mod rules;
 mod tracker;
 
 #[cfg(test)]
 pub(crate) use media::Media;
+pub use resize::{resize, start_anew};
 #[cfg(test)]
 pub(crate) use rules::Rule;
 pub use tracker::{Tracker, WriteGuard};

@@ -136,6 +136,21 @@ impl Bat {
         Ok((bat, space))
     }
 
+    /// The table of the same file under another size: what lies behind the size is gone, what is new
+    /// is not present. At most `capacity` entries, which the caller has made sure are enough.
+    pub(crate) fn for_shape(&self, shape: &Shape, kind: Kind, capacity: u64) -> Self {
+        let used = shape.entries_of(kind);
+        let row = shape.chunk_ratio + 1;
+        let keep = |index: u64| {
+            let is_bitmap = index % row == shape.chunk_ratio;
+            index < used && (is_bitmap || index - index / row < shape.blocks)
+        };
+        let entries = (0..shape.entries().min(capacity))
+            .map(|index| AtomicU64::new(if keep(index) { self.raw(index) } else { 0 }))
+            .collect();
+        Self { entries }
+    }
+
     /// A partial block needs its chunk's sector bitmap.
     fn check_bitmaps(&self, shape: &Shape, kind: Kind) -> Result<(), String> {
         if kind != Kind::Differencing {
@@ -238,7 +253,13 @@ pub(crate) struct Place {
 }
 
 impl Space {
-    fn new(mut spans: Vec<(u64, u64)>, block_size: u64, file_len: u64) -> Result<Self, String> {
+    /// What is free beside these spans in a file of this length. Fails where two of them overlap or
+    /// one lies outside.
+    pub(crate) fn new(
+        mut spans: Vec<(u64, u64)>,
+        block_size: u64,
+        file_len: u64,
+    ) -> Result<Self, String> {
         spans.sort_unstable();
         let mut gaps = Vec::new();
         let mut at = MIB;

@@ -12,6 +12,9 @@ use crate::error::{DiskError, Result};
 pub struct CheckReport {
     /// Broken rules; the file is refused for writing while there is one.
     pub problems: Vec<String>,
+    /// Damage that loses nothing, for there is a good copy: [`super::repair`] or the next writable
+    /// open mends it.
+    pub repairable: Vec<String>,
     /// Worth knowing, harmless.
     pub notes: Vec<String>,
     /// Blocks with data in this file.
@@ -41,6 +44,12 @@ pub fn check(path: &Path) -> Result<CheckReport> {
             BlockState::Zero => report.zero_blocks += 1,
             BlockState::Full => report.present_blocks += 1,
             BlockState::Partial => report.partial_blocks += 1,
+        }
+    }
+    // Shared like the open file's lock; what cannot be read now was read a moment ago.
+    if let Ok(file) = super::storage::open(path, Access::ReadOnly) {
+        for what in super::repair::torn_copies(&file) {
+            report.repairable.push(format!("{what} is torn; its copy is used"));
         }
     }
     if disk.needs_replay() {

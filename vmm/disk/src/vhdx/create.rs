@@ -1,6 +1,6 @@
 //! Creating a file.
 
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 
 use uuid::Uuid;
 
@@ -63,23 +63,64 @@ fn metadata(path: &Path, options: &CreateOptions) -> Result<Metadata> {
 }
 
 /// The locator that all known readers understand: relative for those that follow the specification,
-/// absolute for those that take only its last component.
-fn locator(child: &Path, parent: &ParentLink) -> Result<ParentLocator> {
-    let name = parent.path.file_name().and_then(|n| n.to_str());
-    let (Some(name), true) = (name, child.parent() == parent.path.parent()) else {
-        return Err(DiskError::State(format!(
-            "the parent {} must lie in the folder of {}",
+/// absolute for those that take only its last component. A parent in another folder is named from the
+/// child's folder; only [`crate::chain::Chain::open_among`] looks for it there.
+pub(crate) fn locator(child: &Path, parent: &ParentLink) -> Result<ParentLocator> {
+    let unusable = |why: &str| {
+        DiskError::State(format!(
+            "{} cannot be recorded as parent of {}: {why}",
             parent.path.display(),
             child.display()
-        )));
+        ))
+    };
+    let name = parent.path.file_name().and_then(|n| n.to_str());
+    let name = name.ok_or_else(|| unusable("its name is not Unicode"))?;
+    if name.contains(['\\', '\0']) {
+        return Err(unusable("its name has a backslash in it"));
+    }
+    let (relative, absolute) = if child.parent() == parent.path.parent() {
+        (format!(".\\{name}"), format!("\\\\?\\C:\\{name}"))
+    } else {
+        let (from, to) = (folder_of(child)?, folder_of(&parent.path)?);
+        if from == to {
+            (format!(".\\{name}"), format!("\\\\?\\C:\\{name}"))
+        } else {
+            let path =
+                windows(&to.join(name)).ok_or_else(|| unusable("its path is not Unicode"))?;
+            let relative = windows(&relative(&from, &to).join(name));
+            let relative = relative.ok_or_else(|| unusable("its path is not Unicode"))?;
+            (format!(".\\{relative}"), format!("\\\\?\\C:{path}"))
+        }
     };
     Ok(ParentLocator {
         linkage: parent.data_write_guid,
         linkage2: None,
-        relative_path: Some(format!(".\\{name}")),
+        relative_path: Some(relative),
         volume_path: None,
-        absolute_path: Some(format!("\\\\?\\C:\\{name}")),
+        absolute_path: Some(absolute),
     })
+}
+
+/// The folder a file lies in, without links and dots.
+fn folder_of(path: &Path) -> Result<PathBuf> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    folder.canonicalize().map_err(|e| DiskError::io("find folder", folder, e))
+}
+
+/// The way from one folder to another; both absolute.
+fn relative(from: &Path, to: &Path) -> PathBuf {
+    let shared = from.components().zip(to.components()).take_while(|(a, b)| a == b).count();
+    let up = from.components().skip(shared).map(|_| Component::ParentDir);
+    up.chain(to.components().skip(shared)).collect()
+}
+
+/// A path with backslashes; `None` if it cannot be written so.
+fn windows(path: &Path) -> Option<String> {
+    let text = path.to_str()?;
+    (!text.contains('\\')).then(|| text.replace('/', "\\"))
 }
 
 fn write(path: &Path, storage: &dyn Storage, metadata: &Metadata) -> Result<()> {

@@ -12,7 +12,12 @@
 //! | after it | there, with all its payload: payload was synced before the entry was written |
 
 mod commit;
+mod compact;
+mod place;
+mod resize;
 mod write;
+
+pub use compact::{CompactPlan, CompactProgress};
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -108,6 +113,9 @@ impl Vhdx {
         let Opened { mut journal, regions, metadata, shape, bat, space, file_len, replay, changes } =
             open::open(path, &*storage, source, access, guid)?;
         if access == Access::ReadWrite {
+            if super::repair::mend_region_tables(path, &*storage)? {
+                tracing::warn!(disk = %path.display(), "a torn region table was written anew");
+            }
             // Before the first change of any kind, as the format demands.
             journal.set_header(&*storage, |h| h.file_write_guid = guid)?;
         }

@@ -227,3 +227,17 @@ impl Regions {
         b
     }
 }
+
+/// Puts another place of the block table into the bytes of a region table that is valid; all other
+/// entries stay as they are.
+pub(crate) fn move_table(b: &mut [u8], to: Region) -> Result<(), String> {
+    let len = u32::try_from(to.len).map_err(|_| "a block table of 4 GiB or more".to_owned())?;
+    let count = (u32_at(b, 8) as usize).min(MAX_REGIONS);
+    let at = (0..count).map(|i| 16 + 32 * i).find(|at| guid_at(b, *at) == BAT_REGION);
+    let at = at.ok_or("no block allocation table region")?;
+    put(b, at + 16, &to.offset.to_le_bytes());
+    put(b, at + 24, &len.to_le_bytes());
+    let crc = checksum(&b[..REGION_TABLE_SIZE]);
+    put(b, 4, &crc.to_le_bytes());
+    Ok(())
+}

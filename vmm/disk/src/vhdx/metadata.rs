@@ -239,3 +239,25 @@ pub(crate) fn replace_locator(
     put_entry(region, index, entry);
     Ok(offset..end)
 }
+
+/// Puts another virtual size into a metadata region.
+pub(crate) fn replace_size(region: &mut [u8], size: u64) -> Result<(), String> {
+    replace(region, DISK_SIZE, &size.to_le_bytes())
+}
+
+/// Puts another Virtual Disk ID into a metadata region.
+pub(crate) fn replace_disk_id(region: &mut [u8], id: Uuid) -> Result<(), String> {
+    replace(region, DISK_ID, &id.to_bytes_le())
+}
+
+/// Overwrites a system item by one of the same length.
+fn replace(region: &mut [u8], id: Uuid, value: &[u8]) -> Result<(), String> {
+    let found = entries(region)?;
+    let item = found.iter().find(|e| e.id == id && e.flags & IS_USER == 0 && e.len > 0);
+    let item = item.ok_or_else(|| format!("no metadata item {id}"))?;
+    if item.len as usize != value.len() {
+        return Err(format!("metadata item {id} has {} bytes", item.len));
+    }
+    put(region, item.offset as usize, value);
+    Ok(())
+}

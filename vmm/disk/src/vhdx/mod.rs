@@ -4,7 +4,7 @@
 mod bat;
 mod bitmap;
 mod check;
-mod create;
+pub(crate) mod create;
 mod image;
 mod journal;
 mod layout;
@@ -13,6 +13,7 @@ mod log;
 mod metadata;
 mod open;
 mod pending_file;
+mod repair;
 pub(crate) mod storage;
 #[cfg(test)]
 mod tests;
@@ -24,8 +25,9 @@ use uuid::Uuid;
 use crate::block::Geometry;
 
 pub use check::{CheckReport, check};
-pub use image::Vhdx;
+pub use image::{CompactPlan, CompactProgress, Vhdx};
 pub(crate) use pending_file::pending_path;
+pub use repair::repair;
 
 /// The block size for a new disk. Small blocks keep an AVHDX of scattered writes and its merge small;
 /// from 4 TiB on they grow so that the block table in memory stays within 16 MiB.
@@ -88,14 +90,14 @@ pub struct CreateOptions {
     pub fixed: bool,
     /// The Virtual Disk ID; a random one when `None`. A child takes its parent's.
     pub disk_id: Option<Uuid>,
-    /// Makes the file a differencing disk: the parent, in the same directory.
+    /// Makes the file a differencing disk.
     pub parent: Option<ParentLink>,
 }
 
 /// The parent of a file to be created.
 #[derive(Debug, Clone)]
 pub struct ParentLink {
-    /// Path of the parent file; must lie in the child's directory.
+    /// Path of the parent file, in the child's folder unless every open is to be told the folder.
     pub path: PathBuf,
     /// The parent's DataWriteGuid.
     pub data_write_guid: Uuid,

@@ -5,6 +5,7 @@ mod damage;
 mod model;
 mod oracles;
 mod recorder;
+mod reshape;
 mod structure;
 
 use std::path::{Path, PathBuf};

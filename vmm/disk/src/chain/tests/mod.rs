@@ -4,6 +4,7 @@ mod crash;
 mod errors;
 mod kill;
 mod model;
+mod offline;
 mod pages;
 mod property;
 mod threads;

@@ -9,7 +9,6 @@ use crate::error::{DiskError, Result};
 use crate::vhdx::journal::Journal;
 use crate::vhdx::log::Update;
 use crate::vhdx::metadata;
-use crate::vhdx::open::Reader;
 use crate::vhdx::pending_file::PendingFile;
 use crate::vhdx::{Access, ParentLocator};
 
@@ -42,7 +41,7 @@ impl Vhdx {
     }
 
     /// Syncs payload, and the pages that the commit before put in place; then commits.
-    fn sync_and_commit(&self, journal: &mut Journal, updates: &[Update]) -> Result<()> {
+    pub(super) fn sync_and_commit(&self, journal: &mut Journal, updates: &[Update]) -> Result<()> {
         let stable = self.storage.len().map_err(self.io("examine"))?;
         let done = self.storage.sync().map_err(self.io("sync")).and_then(|()| {
             let end = self.space.lock().end();
@@ -90,32 +89,9 @@ impl Vhdx {
     pub fn set_parent(&self, locator: &ParentLocator) -> Result<()> {
         let _writable = self.writable()?;
         self.flush_pending()?;
-        let mut journal = self.journal.lock();
-        self.check_failed()?;
-        let bad = |what: String| DiskError::corrupt(&self.path, what);
-        let region = self.regions.metadata;
-        let reader = Reader { path: &self.path, storage: &*self.storage, replay: None };
-        let mut bytes = reader.read(region.offset, region.len as usize)?;
-        let old = bytes.clone();
-        metadata::replace_locator(&mut bytes, locator).map_err(bad)?;
-        let updates: Vec<_> = bytes
-            .chunks_exact(4096)
-            .zip(old.chunks_exact(4096))
-            .enumerate()
-            .filter(|(_, (new, old))| new != old)
-            .map(|(i, (new, _))| {
-                let mut page = Box::new([0; 4096]);
-                page.copy_from_slice(new);
-                Update::Data { offset: region.offset + i as u64 * 4096, page }
-            })
-            .collect();
-        if !journal.fits(&updates) {
-            return Err(DiskError::State(format!(
-                "{}: the log is too small for the parent locator",
-                self.path.display()
-            )));
-        }
-        self.sync_and_commit(&mut journal, &updates)?;
+        let updates =
+            self.metadata_updates(|region| metadata::replace_locator(region, locator).map(drop))?;
+        self.commit_together(&updates)?;
         self.metadata.write().parent = Some(locator.clone());
         Ok(())
     }

@@ -58,7 +58,7 @@ impl Vhdx {
         }
     }
 
-    fn write_payload(&self, data: &[u8], offset: u64) -> Result<()> {
+    pub(super) fn write_payload(&self, data: &[u8], offset: u64) -> Result<()> {
         let written = self.storage.write_all_at(data, offset).map_err(self.io("write"));
         // After the write: a flush that begins once this write has completed must see it.
         self.unsynced.store(true, Ordering::Release);
@@ -73,7 +73,7 @@ impl Vhdx {
         Ok(place)
     }
 
-    fn grow(&self, end: u64) -> Result<()> {
+    pub(super) fn grow(&self, end: u64) -> Result<()> {
         let mut len = self.file_len.lock();
         if end > *len {
             self.storage.set_len(end).map_err(self.io("extend"))?;
