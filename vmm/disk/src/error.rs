@@ -71,7 +71,8 @@ pub enum DiskError {
         path: PathBuf,
     },
     /// Another process holds the file.
-    #[error("{path} is in use by another process", path = path.display())]
+    #[error("{path} is in use by another process (a running VM holds its disks): stop it, or try again later",
+        path = path.display())]
     Busy {
         /// The file.
         path: PathBuf,

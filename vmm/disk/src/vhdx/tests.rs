@@ -2,6 +2,7 @@
 
 mod crash;
 mod damage;
+mod failures;
 mod model;
 mod oracles;
 mod recorder;
