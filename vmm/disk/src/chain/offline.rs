@@ -5,6 +5,7 @@
 use std::ffi::OsString;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use serde::Serialize;
@@ -91,8 +92,12 @@ fn too_small(disk: &Path, size: u64, least: u64) -> DiskError {
 fn resize_open(node: &mut Node, size: u64) -> Result<Continuity> {
     node.writing()?.close_clean()?;
     let before = identity(node);
-    node.vhdx.resize(size)?;
-    node.vhdx.make_clean()?;
+    let path = node.path().to_owned();
+    let Some(disk) = Arc::get_mut(&mut node.vhdx) else {
+        return Err(DiskError::State(format!("{} is being used", path.display())));
+    };
+    disk.resize(size)?;
+    disk.make_clean()?;
     node.size = size;
     // The disk is right; tracking that cannot be brought along begins anew with the next open.
     Ok(rct::resize(node.path(), &before, size).unwrap_or_else(|e| Continuity::Lost(e.to_string())))
